@@ -1,0 +1,1 @@
+"""Datasets: manifests, raw layouts, splits, shards."""

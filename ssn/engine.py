@@ -1,0 +1,347 @@
+"""Training and validation of one model on cached features.
+
+The loop knows nothing of Ray: it is handed a ``report`` callable and, to resume, a checkpoint folder. Whoever calls it
+decides where reports go and which checkpoints are kept.
+
+Shape suffixes: B images of a batch, V = 2B views, H/W map size, N noisy positions, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssn.bundle import CALIBRATION_PREFIX, OPTIMIZER_PREFIX, head_tensors
+from ssn.checkpoint import load_checkpoint, save_checkpoint
+from ssn.config import Config, Size
+from ssn.data.sampling import Draws, epoch_draws, supervised_subset
+from ssn.errors import SSNError
+from ssn.features import CategoryFeatures, SplitFeatures
+from ssn.losses import total_loss
+from ssn.metrics import Metrics, image_metrics, pixel_metrics
+from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
+from ssn.synthesis import feature_noise, merge_masks, perlin_masks
+
+_NOISE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What an epoch led to."""
+
+    epoch: int
+    """Epochs done, from 1."""
+    metrics: dict[str, float]
+    """``train_loss``, ``val_loss``, ``val_<metric>``, ``lr_heads``; ``epoch_duration_s``, of which ``train_duration_s``
+    was training; ``duration_s`` since the run began, interruptions left out."""
+    undefined: dict[str, str] = field(default_factory=dict)
+    """Validation metrics that cannot be computed, and why."""
+
+
+class Report(Protocol):
+    """Takes each epoch's report and a way to write a checkpoint, :meth:`Trainer.save`, which it may call or not."""
+
+    def __call__(self, report: EpochReport, save: Callable[..., None], /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which labelled defective images a run trains on."""
+
+    used: np.ndarray
+    """Indices into the pool's images with masks."""
+    num_available: int
+    """Labelled defective images available at ratio 1."""
+
+    @property
+    def supervised(self) -> bool:
+        """Whether any real defect is used (clipped gradients, no stop-gradient, flips)."""
+        return len(self.used) > 0
+
+
+def choose_supervision(config: Config, pool: SplitFeatures) -> Supervision:
+    """Apply ``train.supervision_ratio`` and ``train.label_seed`` to the labelled pool (ICPR 2024, section 4.3)."""
+    used = supervised_subset(
+        pool.defect_types,
+        pool.has_mask_N.tolist(),
+        pool.ids,
+        config.train.supervision_ratio,
+        config.train.label_seed,
+    )
+    return Supervision(used=used, num_available=int(pool.has_mask_N.sum()))
+
+
+class Trainer:
+    """Network, optimiser and data of one run.
+
+    Args:
+        config: Settings; the backbone's must be those that ``features`` were computed with.
+        features: Of one category.
+        device: Where the heads train.
+    """
+
+    def __init__(self, config: Config, features: CategoryFeatures, *, device: torch.device | str = "cpu") -> None:
+        self.config = config.resolved()
+        self.features = features
+        self.device = torch.device(device)
+        self.supervision = choose_supervision(self.config, features.pool)
+        train = self.config.train
+        self.net = SuperSimpleNet(features.channels, self.config.model, generator_seed=train.train_seed).to(self.device)
+        adaptor, heads = self.net.parameter_groups()
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": adaptor, "lr": train.lr_adaptor, "weight_decay": train.weight_decay_adaptor},
+                {"params": heads, "lr": train.lr_heads, "weight_decay": train.weight_decay_heads},
+            ],
+            fused=self.device.type == "cuda",
+        )
+        self.epochs_done = 0
+        self.duration_s = 0.0
+        # an image's part of its random numbers' key: its content, so that neither order nor company matters
+        self._sample_keys = {
+            split: np.array([int(i[:15], 16) for i in getattr(features, split).ids], np.int64)
+            for split in ("train", "pool")
+        }
+
+    def run_epoch(self) -> float:
+        """Train one epoch; returns the mean loss over its draws.
+
+        Raises:
+            SSNError: the loss is not finite.
+        """
+        train, epoch = self.config.train, self.epochs_done
+        factor = learning_rate_factor(epoch, train.epochs, train.lr_gamma)
+        for group, base in zip(self.optimizer.param_groups, (train.lr_adaptor, train.lr_heads), strict=True):
+            group["lr"] = base * factor
+        draws = epoch_draws(
+            len(self.features.train.ids),
+            self.supervision.num_available,
+            len(self.supervision.used),
+            draws_per_epoch=train.draws_per_epoch,
+            seed=train.train_seed,
+            epoch=epoch,
+        )
+        self.net.train()
+        total, count = 0.0, len(draws.index)
+        for start in range(0, count, train.batch_size):
+            rows = np.arange(start, min(start + train.batch_size, count))
+            total += self._step(draws, rows, epoch) * len(rows)
+        self.epochs_done += 1
+        mean = total / count
+        if not np.isfinite(mean):
+            raise SSNError(
+                f"the training loss became {mean} in epoch {epoch + 1} "
+                f"(noise_sigma {self.config.synthesis.noise_sigma}); lower the learning rates or the noise"
+            )
+        return mean
+
+    def _step(self, draws: Draws, rows: np.ndarray, epoch: int) -> float:
+        train, synthesis = self.config.train, self.config.synthesis
+        features_BhwC, truth_BHW, sample_B = self._gather(draws, rows)
+        views = len(rows)
+        keys = np.empty((2 * views, 5), np.int64)
+        keys[:, 0], keys[:, 1] = train.train_seed, epoch
+        keys[:, 2], keys[:, 3] = np.tile(sample_B, 2), np.tile(draws.occurrence[rows], 2)
+        keys[:views, 4], keys[views:, 4] = 0, 1
+        synthetic_VHW = perlin_masks(
+            keys,
+            (truth_BHW.shape[1], truth_BHW.shape[2]),
+            threshold=synthesis.perlin_threshold,
+            rescale_empty=bool(synthesis.perlin_rescale_empty),
+            device=self.device,
+        )
+        noisy_VHW, mask_VHW = merge_masks(truth_BHW, synthetic_VHW)
+        noise = Noise(
+            rows_NC=feature_noise(keys, noisy_VHW, sum(self.features.channels), synthesis.noise_sigma),
+            index_N=noisy_VHW.flatten().nonzero().squeeze(1),
+        )
+        supervised = self.supervision.supervised
+        map_VHW, score_V = self.net.forward_train(
+            features_BhwC, noise, stop_grad=not supervised, noise_dtype=_NOISE_DTYPE[train.noise_precision]
+        )
+        label_V = mask_VHW.flatten(1).any(1)
+        loss = total_loss(
+            map_VHW, score_V, mask_VHW, label_V, truncation=train.truncation, gamma=train.focal_gamma
+        ).total
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if supervised:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), train.grad_clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _gather(self, draws: Draws, rows: np.ndarray) -> tuple[list[Tensor], Tensor, np.ndarray]:
+        """Features, ground truth at map size and sample keys of a batch, in the order of the draws."""
+        train, pool = self.features.train, self.features.pool
+        defect_B = draws.is_defect[rows]
+        image_B = draws.index[rows].copy()
+        image_B[defect_B] = self.supervision.used[image_B[defect_B]]
+        view_B = np.where(defect_B, image_B * pool.num_flips + draws.flip[rows], image_B * train.num_flips)
+
+        def take(from_train: np.ndarray, from_pool: np.ndarray) -> Tensor:
+            out = np.empty((len(rows), *from_train.shape[1:]), from_train.dtype)
+            out[~defect_B], out[defect_B] = from_train[view_B[~defect_B]], from_pool[view_B[defect_B]]
+            return torch.from_numpy(out).to(self.device)
+
+        maps = [take(a, b).float() for a, b in zip(train.maps_VhwC, pool.maps_VhwC, strict=True)]
+        keys_B = np.empty(len(rows), np.int64)
+        keys_B[~defect_B] = self._sample_keys["train"][image_B[~defect_B]]
+        keys_B[defect_B] = self._sample_keys["pool"][image_B[defect_B]]
+        return maps, take(train.masks_VHW, pool.masks_VHW), keys_B
+
+    def validate(self, *, pixel: bool) -> tuple[float, Metrics]:
+        """Loss and metrics on the validation split.
+
+        Args:
+            pixel: Whether to compute the pixel metrics too; they sort every pixel.
+        """
+        split, train = self.features.validation, self.config.train
+        if not split.ids:
+            raise SSNError(f"{self.features.info.category} has an empty validation split; ingest more images")
+        self.net.eval()
+        folded: FoldedHeads | None = None
+        maps, scores = [], []
+        for start in range(0, len(split.ids), self.config.eval.batch_size):
+            part = slice(start, start + self.config.eval.batch_size)
+            batch = [torch.from_numpy(m[part]).to(self.device).float() for m in split.maps_VhwC]
+            folded = folded or self.net.fold(batch)
+            map_BHW, score_B = self.net.score(batch, folded)
+            maps.append(map_BHW)
+            scores.append(score_B)
+        map_NHW, score_N = torch.cat(maps), torch.cat(scores)
+        # a defective image without a mask says nothing about its positions
+        known = torch.from_numpy((split.labels_N == 0) | split.has_mask_N).to(self.device)
+        loss = total_loss(
+            map_NHW,
+            score_N,
+            torch.from_numpy(split.masks_VHW).to(self.device),
+            torch.from_numpy(split.labels_N).to(self.device),
+            truncation=train.truncation,
+            gamma=train.focal_gamma,
+            weight_BHW=known.view(-1, 1, 1),
+        ).total
+        metrics = image_metrics(score_N.cpu().numpy(), split.labels_N)
+        if pixel:
+            at_eval_size = [
+                evaluation_maps(part[None], self.config.data.image_size, self.config.eval.size)[0].cpu().numpy()
+                for part in map_NHW[known]
+            ]
+            masks = split.eval_masks_N[known.cpu().numpy()] if split.has_mask_N.any() else None
+            pixels = pixel_metrics(np.stack(at_eval_size), masks, fpr_limit=self.config.eval.aupro_fpr_limit)
+            metrics = Metrics(metrics.values | pixels.values, metrics.undefined | pixels.undefined)
+        return float(loss), metrics
+
+    def save(self, directory: Path, *, resumable: bool = True) -> None:
+        """Write the heads, a calibrated backbone's statistics and, if ``resumable``, the optimiser's state."""
+        tensors = dict(self.net.state_dict())
+        tensors |= {
+            f"{CALIBRATION_PREFIX}{name}": torch.from_numpy(value)
+            for name, value in self.features.backbone_calibration.items()
+        }
+        if resumable:
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"{OPTIMIZER_PREFIX}{index}.{name}": value for name, value in state.items()}
+        info = self.features.info
+        save_checkpoint(
+            directory,
+            tensors=tensors,
+            config=self.config,
+            meta={
+                "dataset": info.dataset,
+                "category": info.category,
+                "search_fingerprint": info.search_fingerprint,
+                "split_seed": info.split_seed,
+                "backbone_digest": self.features.backbone_digest,
+                "channels": list(self.features.channels),
+                "epochs_done": self.epochs_done,
+                "duration_s": self.duration_s,
+                "masks_used": len(self.supervision.used),
+            },
+        )
+
+    def restore(self, directory: Path) -> None:
+        """Continue from what :meth:`save` wrote.
+
+        Raises:
+            SSNError: it is not a checkpoint of this run.
+        """
+        checkpoint = load_checkpoint(directory)
+        if checkpoint.config != self.config or checkpoint.meta["backbone_digest"] != self.features.backbone_digest:
+            raise SSNError(f"checkpoint {directory} belongs to another configuration or backbone; start afresh")
+        self.net.load_state_dict(head_tensors(checkpoint))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.tensors.items():
+            if name.startswith(OPTIMIZER_PREFIX):
+                index, _, key = name.removeprefix(OPTIMIZER_PREFIX).partition(".")
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.epochs_done = int(checkpoint.meta["epochs_done"])
+        self.duration_s = float(checkpoint.meta["duration_s"])
+
+
+def learning_rate_factor(epoch: int, epochs: int, gamma: float) -> float:
+    """Factor on both learning rates in ``epoch`` (from 0): gamma after 80 % of the epochs, its square after 90 %."""
+    return gamma ** sum(epoch >= milestone for milestone in (int(0.8 * epochs), int(0.9 * epochs)))
+
+
+def evaluation_maps(map_BHW: Tensor, image_size: Size, eval_size: Size) -> Tensor:
+    """Map logits at the size that pixel metrics are computed at, smoothed at image size as in inference."""
+    full = image_map(map_BHW, image_size)
+    if eval_size == image_size:
+        return full
+    return torch.nn.functional.interpolate(full[:, None], size=eval_size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def fit(
+    config: Config,
+    features: CategoryFeatures,
+    *,
+    report: Report,
+    resume_from: Path | None = None,
+    pixel_epochs: Collection[int] = (),
+    device: torch.device | str = "cpu",
+) -> Trainer:
+    """Train for ``train.epochs``; the last epoch's network is the result, never the best one's.
+
+    Args:
+        config: Settings.
+        features: Of one category.
+        report: Called after every epoch.
+        resume_from: A folder that an earlier ``save`` wrote.
+        pixel_epochs: Epochs, from 1, after which pixel metrics are computed; always after the last.
+        device: Where the heads train.
+
+    Raises:
+        SSNError: see :class:`Trainer`; also a loss that is not finite.
+    """
+    trainer = Trainer(config, features, device=device)
+    if resume_from is not None:
+        trainer.restore(resume_from)
+    while trainer.epochs_done < config.train.epochs:
+        start = time.perf_counter()
+        train_loss = trainer.run_epoch()
+        train_s = time.perf_counter() - start
+        epoch = trainer.epochs_done
+        pixel = epoch in pixel_epochs or epoch == config.train.epochs
+        val_loss, metrics = trainer.validate(pixel=pixel)
+        epoch_duration_s = time.perf_counter() - start
+        trainer.duration_s += epoch_duration_s
+        values = {
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "lr_heads": trainer.optimizer.param_groups[1]["lr"],
+            "train_duration_s": train_s,
+            "epoch_duration_s": epoch_duration_s,
+            "duration_s": trainer.duration_s,
+            **{f"val_{name}": value for name, value in metrics.values.items()},
+        }
+        undefined = {f"val_{name}": reason for name, reason in metrics.undefined.items()}
+        report(EpochReport(epoch, values, undefined), trainer.save)
+    return trainer

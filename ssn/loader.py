@@ -1,0 +1,231 @@
+"""Configuration from files and ``--set`` options, checked against the dataclasses it fills.
+
+The one place where pydantic is used, and only the command lines import it: the dataclasses themselves, and everything
+that runs on a worker, need the standard library alone. Any frozen dataclass whose fields are plain values or further
+dataclasses can be loaded; nothing here knows a setting by name.
+
+What wins, from the weakest: the dataclass's defaults, a dataset manifest's defaults, YAML files in the order given,
+``--set`` options in the order given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ssn.errors import SSNError
+
+T = TypeVar("T")
+
+_NULL_WORDS = ("", "~", "null", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    value: Any
+    origin: str
+    """Where it was written, as the error message names it."""
+    text: str | None = None
+    """What was typed after ``=``, for ``--set`` alone."""
+
+
+def load_config(
+    cls: type[T],
+    *,
+    files: Sequence[Path] = (),
+    sets: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """Build ``cls`` from its own defaults, then ``defaults``, then ``files``, then ``sets``.
+
+    Args:
+        cls: A frozen dataclass whose fields are plain values or dataclasses (``ssn.config.Config``).
+        files: YAML files, nested by section or with dotted keys; a later file wins.
+        sets: ``section.name=value`` strings; the value is read as YAML, and according to the field's type: ``1e-4``
+            is a number where the field is one, a path stays text, ``data.image_size=256`` is a square.
+        defaults: Flat dotted keys of a dataset manifest.
+
+    Raises:
+        SSNError: a key is unknown, a value has the wrong type or is out of range, or a file cannot be read.
+    """
+    leaves = dict(_leaves(cls))
+    settings: dict[str, _Setting] = {}
+    for key, value in (defaults or {}).items():
+        settings.update(_flatten(key, value, "the dataset's defaults", leaves))
+    for file in files:
+        for key, value in _read_yaml(file).items():
+            settings.update(_flatten(str(key), value, str(file), leaves))
+    for text in sets:
+        key, separator, raw = text.partition("=")
+        if not separator or not key.strip():
+            raise SSNError(f"--set {text!r} is not of the form section.name=value")
+        key = key.strip()
+        _check_known(key, f"--set {text}", leaves)
+        settings[key] = _Setting(_parse_yaml(raw, f"--set {text}"), f"--set {text}", raw.strip())
+    values = {key: _convert(key, setting, leaves[key]) for key, setting in settings.items()}
+    built: T = _build(cls, "", values)
+    return built
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and type of every field that is not itself a section."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _leaves(hint, f"{key}.")
+        else:
+            yield key, hint
+
+
+def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    hints, arguments = get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            arguments[field.name] = _build(hint, f"{key}.", values)
+        elif key in values:
+            arguments[field.name] = values[key]
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise SSNError(f"{key} has no default; give it with --set {key}=...")
+    return cls(**arguments)
+
+
+def _flatten(key: str, value: Any, origin: str, leaves: Mapping[str, Any]) -> dict[str, _Setting]:
+    is_section = any(leaf.startswith(f"{key}.") for leaf in leaves)
+    if not is_section:
+        _check_known(key, origin, leaves)
+        return {key: _Setting(value, origin)}
+    if value is None:  # a section with every line commented out
+        return {}
+    if not isinstance(value, Mapping):
+        example = next(leaf for leaf in leaves if leaf.startswith(f"{key}."))
+        raise SSNError(f"{key} is {value!r}, but it is a section and must hold keys such as {example} ({origin})")
+    flat: dict[str, _Setting] = {}
+    for name, nested in value.items():
+        flat.update(_flatten(f"{key}.{name}", nested, origin, leaves))
+    return flat
+
+
+def _check_known(key: str, origin: str, leaves: Mapping[str, Any]) -> None:
+    if key in leaves:
+        return
+    nested = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
+    if nested:
+        raise SSNError(f"{key} is a section, not a setting ({origin}); set one of its keys, such as {nested[0]}")
+
+    def likeness(leaf: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, leaf).ratio()
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], leaf.rpartition(".")[2]).ratio()
+        return max(whole, last) + 0.1 * whole
+
+    raise SSNError(f"unknown config key {key} ({origin}); did you mean {max(leaves, key=likeness)}?")
+
+
+def _convert(key: str, setting: _Setting, hint: Any) -> Any:
+    value = setting.value
+    kinds = _alternatives(hint)
+    if setting.text is not None and str in kinds:
+        value = None if type(None) in kinds and setting.text.lower() in _NULL_WORDS else setting.text
+    elif any(get_origin(kind) is Literal and setting.text in get_args(kind) for kind in kinds):
+        value = setting.text  # YAML 1.1 reads words such as "no" and "off" as booleans
+    elif isinstance(value, str):
+        value = _number_or_list(value.strip(), kinds)
+    sequence = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if sequence is not None:
+        items = get_args(sequence)
+        if isinstance(value, list | tuple):
+            value = tuple(float(v) if isinstance(v, str) and _is_number(v) and float in items else v for v in value)
+        elif type(value) is int and items == (int, int):
+            value = (value, value)
+        elif type(value) in items and items[-1] is Ellipsis:
+            value = (value,)
+    try:
+        # strict: true is no integer, "3" is no number; integers are fine where a float is wanted
+        return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        shown = setting.text if setting.text is not None else setting.value
+        raise SSNError(f"{key} is {shown!r}, but must be {_describe(hint)} ({setting.origin})") from error
+
+
+def _number_or_list(text: str, kinds: Sequence[Any]) -> Any:
+    """What YAML 1.1 leaves as text although a person means a number (``1e-4``) or a list (``256,320``)."""
+    if type(None) in kinds and text.lower() in _NULL_WORDS:
+        return None
+    if float in kinds and _is_number(text):
+        return float(text)
+    if "," in text and any(get_origin(kind) is tuple for kind in kinds):
+        return [_parse_yaml(part, text) for part in text.split(",")]
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
+    plurals = {int: "integers", float: "numbers", str: "texts"}
+    described: list[str] = []
+    for kind in _alternatives(hint):
+        items = get_args(kind)
+        if get_origin(kind) is Literal:
+            described.extend(str(item) for item in items)
+        elif get_origin(kind) is tuple:
+            count = "a list of" if items[-1] is Ellipsis else {2: "two", 3: "three"}.get(len(items), str(len(items)))
+            described.append(f"{count} {plurals.get(items[0], 'values')}")
+        else:
+            described.append(names.get(kind, getattr(kind, "__name__", str(kind))))
+    return " or ".join(described)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            name = str(key_node.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name} occurs twice", key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise SSNError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def _read_yaml(file: Path) -> Mapping[Any, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SSNError(f"cannot read the configuration file {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SSNError(f"the configuration file {file} is not UTF-8 text; save it as UTF-8") from error
+    loaded = _parse_yaml(text, str(file))
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise SSNError(f"the configuration file {file} must hold sections (model:, train:, ...), not {loaded!r:.60}")
+    return loaded

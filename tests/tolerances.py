@@ -1,0 +1,21 @@
+"""Every numeric tolerance of the test suite. Never relax one to make a test pass: find out why it fails."""
+
+# What other people's implementations computed, stored as float32.
+GOLDEN_RTOL = 1e-4
+GOLDEN_ATOL = 1e-6
+GRAD_NORM_RTOL = 5e-4
+GRAD_NORM_ATOL_OF_TOTAL = 1e-6
+"""Times the total norm: biases in front of a batch norm have gradient zero but for rounding."""
+
+# The same float32 arithmetic in another order.
+FLOAT32_RTOL = 1e-5
+FLOAT32_ATOL = 1e-6
+
+# Float64 throughout.
+FLOAT64_RTOL = 1e-12
+
+# Perlin noise this close to the threshold may round to either side of it.
+PERLIN_ATOL = 1e-5
+
+# Sample statistics, in standard errors.
+STANDARD_ERRORS = 4.0

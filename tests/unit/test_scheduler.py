@@ -1,0 +1,176 @@
+"""Early stopping by category, on recorded objectives; no Ray runtime."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from ssn.errors import SSNError
+from tuning.scheduler import MultiplexScheduler, rung_epochs
+
+STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
+
+
+class FakeTrial:
+    """What the scheduler looks at of a Tune trial."""
+
+    def __init__(self, trial_id: str, category: str) -> None:
+        self.trial_id = trial_id
+        self.config = {"category": category}
+
+
+class History:
+    """Objectives by trial and epoch."""
+
+    def __init__(self, objectives: dict[str, dict[int, float]]) -> None:
+        self.objectives = objectives
+
+    def recorded_objectives(self, trial_id: str) -> dict[int, float]:
+        return self.objectives.get(trial_id, {})
+
+
+def scheduler(**options: Any) -> MultiplexScheduler:
+    return MultiplexScheduler(**({"max_epochs": 9, "grace": 1, "eta": 3} | options))
+
+
+def report(sched: MultiplexScheduler, name: str, epoch: int, objective: float | None, category: str = "screw") -> str:
+    trial: Any = FakeTrial(name, category)
+    if epoch == 1:
+        sched.on_trial_add(None, trial)  # type: ignore[arg-type]
+    result = {"epoch": epoch, "training_iteration": 1} | ({} if objective is None else {"objective": objective})
+    return sched.on_trial_result(None, trial, result)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "grace", "eta", "expected"),
+    [
+        (9, 1, 3, (1, 3)),
+        (10, 1, 3, (1, 3, 9)),
+        (300, 30, 3, (30, 90, 270)),
+        (243, 1, 3, (1, 3, 9, 27, 81)),
+        (244, 1, 3, (1, 3, 9, 27, 81, 243)),
+        (8, 2, 2, (2, 4)),
+        (5, 5, 3, ()),
+        (1, 1, 2, ()),
+        (3, 10, 2, ()),
+    ],
+)
+def test_rung_epochs(max_epochs: int, grace: int, eta: int, expected: tuple[int, ...]) -> None:
+    assert rung_epochs(max_epochs, grace, eta) == expected
+
+
+@pytest.mark.parametrize(("max_epochs", "grace", "eta"), [(0, 1, 3), (9, 0, 3), (9, 1, 1)])
+def test_rungs_out_of_range_are_refused(max_epochs: int, grace: int, eta: int) -> None:
+    with pytest.raises(SSNError, match="but must be at least"):
+        rung_epochs(max_epochs, grace, eta)
+    with pytest.raises(SSNError, match="but must be at least"):
+        MultiplexScheduler(max_epochs=max_epochs, grace=grace, eta=eta)
+
+
+@pytest.mark.parametrize(("grace", "eta"), [(1, 2), (1, 3), (2, 3), (5, 4)])
+def test_a_poor_trial_goes_at_each_of_the_rungs(grace: int, eta: int) -> None:
+    """The rungs that trials report at and those that the scheduler stops at are the same, for every budget."""
+    for max_epochs in range(1, 100):
+        rungs = rung_epochs(max_epochs, grace, eta)
+        sched = scheduler(max_epochs=max_epochs, grace=grace, eta=eta)
+        names = [f"good{i}" for i in range(5)] + [f"poor{i}" for i in range(len(rungs))]
+        for name in names:
+            report(sched, name, 1, None)
+        for i, epoch in enumerate(rungs):
+            for name in names[:5]:
+                report(sched, name, epoch, 0.9)
+            assert report(sched, f"poor{i}", epoch, 0.1) == STOP
+            for name in names[6 + i :]:
+                assert report(sched, name, epoch, 0.9) == CONTINUE
+
+
+def test_only_the_best_third_goes_on() -> None:
+    sched = scheduler()
+    decisions = [report(sched, f"t{i}", 1, objective) for i, objective in enumerate([0.5, 0.4, 0.6, 0.3, 0.7, 0.55])]
+    assert decisions == [CONTINUE, STOP, CONTINUE, STOP, CONTINUE, STOP]
+
+
+def test_categories_do_not_meet() -> None:
+    sched = scheduler()
+    for i in range(6):
+        report(sched, f"easy{i}", 1, 0.99, category="tile")
+    assert report(sched, "hard0", 1, 0.2, category="screw") == CONTINUE
+    assert report(sched, "hard1", 1, 0.3, category="screw") == CONTINUE
+    assert report(sched, "hard2", 1, 0.1, category="screw") == STOP
+
+
+def test_reports_without_objective_are_ignored() -> None:
+    sched = scheduler()
+    for i in range(6):
+        report(sched, f"good{i}", 1, 0.9)
+    assert report(sched, "t", 1, None) == CONTINUE
+    assert report(sched, "t", 2, None) == CONTINUE
+    trial: Any = FakeTrial("t", "screw")
+    assert sched.on_trial_result(None, trial, {"objective": 0.1}) == CONTINUE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", [-1.0, math.nan, -math.inf])
+@pytest.mark.parametrize("grace", [1, 3, 9])
+def test_last_epoch_is_never_stopped(objective: float, grace: int) -> None:
+    sched = scheduler(grace=grace)
+    for i in range(6):
+        report(sched, f"good{i}", 1, 0.9)
+        assert report(sched, f"good{i}", 9, 0.9) == CONTINUE
+    report(sched, "t", 1, None)
+    assert report(sched, "t", 9, objective) == CONTINUE
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_objective_that_is_no_number_stops_even_the_first_and_spoils_nothing(bad: float) -> None:
+    sched = scheduler()
+    assert report(sched, "bad0", 1, bad) == STOP
+    assert report(sched, "bad1", 1, bad) == STOP
+    assert report(sched, "t0", 1, 0.5) == CONTINUE
+    assert report(sched, "t1", 1, 0.6) == CONTINUE
+    assert report(sched, "t2", 1, 0.1) == STOP
+
+
+def test_without_rungs_nothing_is_stopped() -> None:
+    sched = scheduler(grace=9)
+    for i in range(6):
+        report(sched, f"good{i}", 1, 0.9)
+    assert report(sched, "t", 1, 0.0) == CONTINUE
+    assert report(sched, "t", 8, 0.0) == CONTINUE
+
+
+def test_rungs_are_filled_again_from_the_history() -> None:
+    objectives = {f"t{i}": {1: value, 3: value, 9: value} for i, value in enumerate([0.5, 0.6, 0.7])}
+    sched = scheduler(history=History(objectives))
+    for name in ("t2", "t0", "t1"):
+        sched.on_trial_add(None, FakeTrial(name, "screw"))  # type: ignore[arg-type]
+    assert report(sched, "poor", 1, 0.55) == STOP
+    assert report(scheduler(), "poor", 1, 0.55) == CONTINUE
+    # A restored trial that reports an epoch again is not judged by its own record.
+    assert report(sched, "t0", 3, 0.5) == CONTINUE
+
+
+def test_saved_and_restored(tmp_path: Path) -> None:
+    first = scheduler()
+    for i in range(5):
+        report(first, f"good{i}", 1, 0.9)
+    first.save(str(tmp_path / "state"))
+    second = scheduler()
+    second.restore(str(tmp_path / "state"))
+    assert report(second, "poor", 1, 0.1) == STOP
+
+
+def test_tune_may_not_set_another_metric() -> None:
+    assert scheduler().set_search_properties(None, None)
+    assert not scheduler().set_search_properties("loss", "min")
+
+
+def test_trials_that_never_ran_can_be_removed() -> None:
+    sched = scheduler()
+    trial: Any = FakeTrial("t", "screw")
+    sched.on_trial_add(None, trial)  # type: ignore[arg-type]
+    sched.on_trial_remove(None, trial)  # type: ignore[arg-type]
+    assert "screw" in sched.debug_string()

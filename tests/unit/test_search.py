@@ -1,0 +1,515 @@
+"""The search space, the multiplexing searcher and the winner rule; no Ray runtime."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from ssn.config import Config, flatten, trial_identity, unflatten
+from ssn.data.sampling import attainable_ratios
+from ssn.errors import SSNError
+from tuning.search import CategorySearch, MultiplexSearcher
+from tuning.space import (
+    AttainableRatio,
+    Axis,
+    Choice,
+    FloatRange,
+    resolve_space,
+    validate_space,
+)
+from tuning.winner import TrialRecord, select_winner
+
+EPOCHS = 9
+SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+def base(**changes: Any) -> dict[str, Any]:
+    return flatten(Config()) | {"train.epochs": EPOCHS} | changes
+
+
+def category(name: str, space: dict[str, Axis] | None = None) -> CategorySearch:
+    if space is None:
+        space = {SIGMA: FloatRange(1e-3, 0.3, log=True), THRESHOLD: FloatRange(0.0, 0.7)}
+    return CategorySearch(name, base(), space, f"data of {name}", "weights", 0)
+
+
+def searcher(names: str = "abc", trials: int = 4, **options: Any) -> MultiplexSearcher:
+    space = options.pop("space", None)
+    return MultiplexSearcher(
+        [category(n, space) for n in names], sweep_id="sweep", trials_per_category=trials, **options
+    )
+
+
+def complete(search: MultiplexSearcher, trial_id: str, objective: float) -> None:
+    for epoch in (1, 3):
+        search.on_trial_result(trial_id, {"epoch": epoch, "objective": objective / 2})
+    search.on_trial_complete(trial_id, {"epoch": EPOCHS, "objective": objective, "duration_s": 2.0})
+
+
+def only(search: MultiplexSearcher, category: str) -> optuna.trial.FrozenTrial:
+    (trial,) = search.study(category).trials
+    return trial
+
+
+# The space.
+
+
+SPACE = {SIGMA: FloatRange(1e-3, 0.3, log=True), THRESHOLD: FloatRange(0.0, 0.7), RATIO: AttainableRatio()}
+
+
+def test_ratio_is_a_choice_among_attainable_counts() -> None:
+    axes, notices = resolve_space(SPACE, category="screw", base=base(), attainable=attainable_ratios(4))
+    assert axes == {
+        SIGMA: FloatRange(1e-3, 0.3, log=True),
+        THRESHOLD: FloatRange(0.0, 0.7),
+        RATIO: Choice((0.0, 0.25, 0.5, 0.75, 1.0)),
+    }
+    assert notices == []
+
+
+def test_ratio_is_fixed_with_a_notice_where_there_are_no_masks() -> None:
+    axes, notices = resolve_space(SPACE, category="screw", base=base(), attainable=attainable_ratios(0))
+    assert set(axes) == {SIGMA, THRESHOLD}
+    assert notices == ["screw: the pool has no masks, so train.supervision_ratio is fixed at 0"]
+
+
+def test_ratio_cannot_be_demanded_where_there_are_no_masks() -> None:
+    with pytest.raises(SSNError, match=r"^screw: train.supervision_ratio is 1.0, but its pool has no masks"):
+        resolve_space(SPACE, category="screw", base=base(**{RATIO: 1.0}), attainable=[0.0])
+
+
+def test_default_outside_of_the_space_is_refused() -> None:
+    with pytest.raises(SSNError, match=r"^screw: the default synthesis.noise_sigma=0.015 is not in the search space"):
+        resolve_space({SIGMA: FloatRange(0.1, 0.3)}, category="screw", base=base(), attainable=[0.0])
+
+
+def test_attainable_range_without_any_count_is_refused() -> None:
+    with pytest.raises(SSNError, match="none of the attainable ratios"):
+        resolve_space({RATIO: AttainableRatio(0.3, 0.4)}, category="screw", base=base(), attainable=[0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "it is empty"),
+        ({"synthesis.noise_sgima": FloatRange(0.1, 0.2)}, "did you mean synthesis.noise_sigma"),
+        ({THRESHOLD: FloatRange(0.0, 1.2)}, r"synthesis.perlin_threshold is 1.2, but must be in \[0, 1\)"),
+        ({SIGMA: FloatRange(0.0, 0.3)}, "synthesis.noise_sigma is 0.0, but must be in"),
+        ({SIGMA: FloatRange(0.3, 0.1)}, "low must be less than high"),
+        ({SIGMA: FloatRange(0.1, math.inf)}, "low must be less than high"),
+        ({THRESHOLD: FloatRange(0.0, 0.7, log=True)}, "a log scale needs it to be positive"),
+        ({"train.batch_size": FloatRange(1, 8)}, "not a continuous setting"),
+        ({"train.epochs": Choice((3, 9))}, "the same for all trials"),
+        ({"train.train_seed": Choice((0, 1))}, "the same for all trials"),
+        ({"eval.aupro_fpr_limit": FloatRange(0.1, 0.3)}, "the same for all trials"),
+        ({"train.lr_heads": Choice(("1e-4",))}, "must be of type float"),
+        ({"train.batch_size": Choice((8, 16.5))}, "must be of type int"),
+        ({"model.variant": Choice(("icpr", "cvpr"))}, "must be icpr or jims"),
+        ({SIGMA: Choice(())}, "has no values"),
+        ({SIGMA: Choice((0.1, 0.1))}, "names a value twice"),
+        ({SIGMA: AttainableRatio()}, "cannot be 'attainable'"),
+        ({RATIO: AttainableRatio(0.5, 2.0)}, "must lie within 0..1"),
+    ],
+)
+def test_meaningless_spaces_are_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(SSNError, match=f"^search space: .*{message}"):
+        validate_space(space)
+
+
+# Suggestions.
+
+
+def test_first_trial_of_each_category_is_the_base_configuration() -> None:
+    search = searcher()
+    suggestions = [search.suggest(f"t{i}") for i in range(3)]
+    assert [s["category"] for s in suggestions] == ["a", "b", "c"]
+    for s in suggestions:
+        assert s["index"] == 0
+        assert s["config"] == base()
+        assert s["trial_key"] == trial_identity(
+            unflatten(base()), search_fingerprint=f"data of {s['category']}", weights_digest="weights", split_seed=0
+        )
+
+
+def test_all_values_lie_in_the_space_and_only_searched_keys_move() -> None:
+    search = searcher("a", trials=30)
+    for i in range(30):
+        config = search.suggest(f"t{i}")["config"]
+        assert 1e-3 <= config[SIGMA] <= 0.3
+        assert 0 <= config[THRESHOLD] <= 0.7
+        assert {k for k, v in config.items() if v != base()[k]} <= {SIGMA, THRESHOLD}
+        complete(search, f"t{i}", config[SIGMA])
+
+
+def test_budget_is_never_exceeded_and_served_round_robin() -> None:
+    search = searcher("abc", trials=4)
+    started = []
+    while (suggestion := search.suggest(f"t{len(started)}")) != "FINISHED":
+        started.append(suggestion["category"])
+    assert started == ["a", "b", "c"] * 4
+    assert search.suggest("late") == "FINISHED"
+
+
+def test_the_least_started_category_is_next_whatever_has_ended() -> None:
+    search = searcher("ab", trials=3)
+    assert [search.suggest("0")["category"], search.suggest("1")["category"]] == ["a", "b"]
+    complete(search, "1", 0.5)
+    assert [search.suggest("2")["category"], search.suggest("3")["category"]] == ["a", "b"]
+
+
+def test_concurrency_limit_counts_running_trials() -> None:
+    search = searcher()
+    assert search.set_max_concurrency(2)
+    assert search.suggest("0") is not None
+    assert search.suggest("1") is not None
+    assert search.suggest("2") is None
+    search.on_trial_complete("0", error=True)
+    assert search.suggest("3") is not None
+    assert search.suggest("4") is None
+
+
+def test_suggestions_depend_on_the_seed_and_the_category_alone() -> None:
+    def sigmas(names: str, **options: Any) -> dict[str, list[float]]:
+        search = searcher(names, trials=6, **options)
+        found: dict[str, list[float]] = {n: [] for n in names}
+        i = 0
+        while (s := search.suggest(f"t{i}")) != "FINISHED":
+            found[s["category"]].append(s["config"][SIGMA])
+            complete(search, f"t{i}", -abs(math.log(s["config"][SIGMA] / 0.02)))
+            i += 1
+        return found
+
+    together, alone = sigmas("ab"), sigmas("b")
+    assert together["b"] == alone["b"]
+    assert together["a"][1:] != together["b"][1:]
+    assert sigmas("b", search_seed=1)["b"][1:] != alone["b"][1:]
+
+
+def test_search_beats_its_first_random_trials() -> None:
+    search = searcher("a", trials=40)
+    values = []
+    for i in range(40):
+        s = search.suggest(f"t{i}")
+        values.append(-abs(math.log(s["config"][SIGMA] / 0.05)))
+        complete(search, f"t{i}", values[-1])
+    assert sum(values[-15:]) / 15 > sum(values[1:11]) / 10
+
+
+def test_ordered_choices_are_searched_as_positions_and_given_as_values() -> None:
+    space: dict[str, Axis] = {
+        RATIO: Choice((0.0, 0.25, 0.5, 1.0)),
+        "model.variant": Choice(("icpr", "jims")),
+        "data.image_size": Choice(((256, 256), (128, 128))),
+    }
+    search = searcher("a", trials=8, space=space)
+    configs = [search.suggest(f"t{i}")["config"] for i in range(8)]
+    assert configs[0] == base()
+    for config in configs:
+        assert config[RATIO] in (0.0, 0.25, 0.5, 1.0)
+        assert config["data.image_size"] in ([256, 256], [128, 128])
+        unflatten(config)
+    assert isinstance(
+        search.study("a").trials[0].distributions[f"{RATIO}[index]"], optuna.distributions.IntDistribution
+    )
+    assert len({tuple(map(str, c.values())) for c in configs}) == 8
+
+
+# How trials end.
+
+
+def test_full_budget_is_complete() -> None:
+    search = searcher("a")
+    search.suggest("t")
+    complete(search, "t", 0.8)
+    trial = only(search, "a")
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.8)
+    assert trial.intermediate_values == {1: 0.4, 3: 0.4, EPOCHS: 0.8}
+    (record,) = search.records("a")
+    assert (record.state, record.objective, record.duration_s) == ("complete", 0.8, 2.0)
+
+
+def test_stopped_early_is_pruned_with_values_by_epoch() -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_result("t", {"epoch": 1, "objective": 0.3})
+    search.on_trial_result("t", {"epoch": 2, "training_iteration": 7})
+    search.on_trial_complete("t", {"epoch": 3, "training_iteration": 8, "objective": 0.4})
+    trial = only(search, "a")
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {1: 0.3, 3: 0.4}
+    assert search.records("a")[0].state == "pruned"
+
+
+def test_error_is_fail() -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_result("t", {"epoch": 1, "objective": 0.3})
+    search.on_trial_complete("t", error=True)
+    assert only(search, "a").state == TrialState.FAIL
+    assert search.records("a")[0].state == "failed"
+    assert search.suggest("u")["index"] == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("epoch", [3, EPOCHS])
+def test_objective_that_is_no_number_fails_but_teaches_the_sampler(bad: float, epoch: int) -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_complete("t", {"epoch": epoch, "objective": bad})
+    (record,) = search.records("a")
+    assert record.state == "failed"
+    assert record.failure == f"its objective was {bad} at epoch {epoch}"
+    assert only(search, "a").state == TrialState.PRUNED
+    assert math.isnan(only(search, "a").intermediate_values[epoch])
+
+
+@pytest.mark.parametrize(
+    ("result", "failure"),
+    [
+        ({"epoch": EPOCHS}, "it reported no objective at its last epoch"),
+        ({"training_iteration": 1}, "it ended without reporting an epoch"),
+        (None, "it ended without reporting an epoch"),
+    ],
+)
+def test_ends_without_an_objective_fail(result: dict[str, Any] | None, failure: str) -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_complete("t", result)
+    assert only(search, "a").state == TrialState.FAIL
+    assert search.records("a")[0].failure == failure
+
+
+def test_early_objective_is_not_taken_for_the_last() -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_result("t", {"epoch": 3, "objective": 0.9})
+    search.on_trial_complete("t", {"epoch": EPOCHS})
+    assert search.records("a")[0].state == "failed"
+
+
+# Duplicates.
+
+
+def test_duplicates_are_answered_without_a_run_and_end_the_category() -> None:
+    search = searcher("ab", trials=5, space={THRESHOLD: Choice((0.2, 0.4, 0.6))})
+    values = {0.2: 0.5, 0.4: 0.7, 0.6: 0.6}
+    keys = []
+    i = 0
+    while (s := search.suggest(f"t{i}")) != "FINISHED":
+        keys.append((s["category"], s["trial_key"]))
+        complete(search, f"t{i}", values[s["config"][THRESHOLD]])
+        i += 1
+    assert len(keys) == len(set(keys)) == 6
+    assert search.expected_trials("a") == 3
+    assert search.done
+    assert len(search.notices) == 2
+    assert search.notices[0].startswith("a: ended after 3 of 5 trials")
+    repeated = [t for t in search.study("a").trials if "duplicate_of" in t.user_attrs]
+    assert len(repeated) >= 50
+    for t in repeated:
+        original = search.study("a").trials[t.user_attrs["duplicate_of"]]
+        assert t.user_attrs["trial_key"] == original.user_attrs["trial_key"]
+        assert (t.state, t.value, t.intermediate_values) == (
+            original.state,
+            original.value,
+            original.intermediate_values,
+        )
+
+
+def test_same_settings_in_two_categories_are_no_duplicates() -> None:
+    search = searcher("ab", trials=1)
+    assert search.suggest("0")["trial_key"] != search.suggest("1")["trial_key"]
+
+
+def test_nothing_to_search_is_one_trial() -> None:
+    search = searcher("a", trials=3, space={})
+    assert search.suggest("0")["config"] == base()
+    assert search.suggest("1") == "FINISHED"
+
+
+# Restores.
+
+
+@pytest.fixture(params=["memory", "database"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    return None if request.param == "memory" else f"sqlite:///{tmp_path / 'search.db'}"
+
+
+def test_restore_continues_as_if_never_interrupted(tmp_path: Path, storage_url: str | None) -> None:
+    def drive(search: MultiplexSearcher, start: int, stop: int) -> list[float]:
+        found = []
+        for i in range(start, stop):
+            s = search.suggest(f"t{i}")
+            found.append(s["config"][SIGMA])
+            complete(search, f"t{i}", -abs(math.log(s["config"][SIGMA] / 0.02)))
+        return found
+
+    whole = drive(searcher("a", trials=5), 0, 5)
+
+    first = searcher("a", trials=5, storage_url=storage_url)
+    pristine = pickle.dumps(first)  # what Tune keeps of the searcher from before the run
+    assert drive(first, 0, 3) == whole[:3]
+    first.save(str(tmp_path / "state"))
+
+    second = pickle.loads(pristine)
+    second.set_max_concurrency(7)
+    second.restore(str(tmp_path / "state"))
+    assert second.max_concurrent == 7
+    assert drive(second, 3, 5) == whole[3:]
+    assert second.suggest("late") == "FINISHED"
+    assert second.done
+    assert [t.state for t in second.study("a").trials] == [TrialState.COMPLETE] * 5
+
+
+def test_trial_that_ran_during_the_save_ends_in_the_restored_study(tmp_path: Path, storage_url: str | None) -> None:
+    first = searcher("a", storage_url=storage_url)
+    first.suggest("t")
+    first.on_trial_result("t", {"epoch": 1, "objective": 0.2})
+    first.save(str(tmp_path / "state"))
+    second = pickle.loads(pickle.dumps(first))
+    second.restore(str(tmp_path / "state"))
+    assert second.recorded_objectives("t") == {1: 0.2}
+    assert not second.done
+    second.on_trial_complete("t", {"epoch": EPOCHS, "objective": 0.6})
+    trial = only(second, "a")
+    assert (trial.state, trial.intermediate_values) == (TrialState.COMPLETE, {1: 0.2, EPOCHS: 0.6})
+
+
+def test_failed_trial_that_runs_again_counts_once_and_gets_a_new_number(storage_url: str | None) -> None:
+    search = searcher("a", trials=2, storage_url=storage_url)
+    config = search.suggest("t")["config"]
+    search.on_trial_complete("t", error=True)
+    search.on_trial_result("t", {"epoch": 5})
+    search.on_trial_complete("t", {"epoch": EPOCHS, "objective": 0.6})
+    assert [t.state for t in search.study("a").trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert search.study("a").trials[1].params[SIGMA] == config[SIGMA]
+    (record,) = search.records("a")
+    assert (record.state, record.number, record.failure) == ("complete", 1, None)
+    assert search.suggest("u")["index"] == 1
+    assert search.suggest("v") == "FINISHED"
+
+
+def test_database_ahead_of_the_restored_state(tmp_path: Path) -> None:
+    """The driver was killed: one trial had ended and one had started since the state was saved."""
+    first = searcher("a", trials=3, storage_url=f"sqlite:///{tmp_path / 'search.db'}")
+    first.suggest("t")
+    first.save(str(tmp_path / "state"))
+    complete(first, "t", 0.6)
+    first.suggest("lost")
+    second = pickle.loads(pickle.dumps(first))
+    second.restore(str(tmp_path / "state"))
+    complete(second, "t", 0.6)
+    assert second.suggest("u")["index"] == 1
+    assert [t.state for t in second.study("a").trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_base_configuration_is_first_even_if_a_killed_driver_had_started_it(tmp_path: Path) -> None:
+    first = searcher("a", storage_url=f"sqlite:///{tmp_path / 'search.db'}")
+    first.save(str(tmp_path / "state"))
+    first.suggest("lost")
+    first.restore(str(tmp_path / "state"))
+    suggestion = first.suggest("t")
+    assert (suggestion["index"], suggestion["config"]) == (0, base())
+
+
+def test_studies_of_another_run_are_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    searcher("a", storage_url=url)
+    with pytest.raises(SSNError, match=r"already has the study sweep.a; resume that sweep or choose another sweep id"):
+        searcher("a", storage_url=url)
+
+
+def test_unusable_storage_is_named() -> None:
+    with pytest.raises(SSNError, match=r"^search storage nonsense://x cannot be opened: "):
+        searcher("a", storage_url="nonsense://x")
+
+
+@pytest.mark.parametrize(
+    ("names", "trials", "message"),
+    [("", 1, "no category"), ("aa", 1, "named twice"), ("a", 0, "trials per category is 0")],
+)
+def test_impossible_searches_are_refused(names: str, trials: int, message: str) -> None:
+    with pytest.raises(SSNError, match=message):
+        searcher(names, trials=trials)
+
+
+# The winner.
+
+
+def record(index: int, state: Any = "complete", objective: float = 0.5, **metrics: Any) -> TrialRecord:
+    epoch = EPOCHS if state == "complete" else 3
+    return TrialRecord(
+        trial_id=f"t{index}",
+        trial_key=f"k{index}",
+        category="screw",
+        index=index,
+        number=index,
+        max_epochs=EPOCHS,
+        config={},
+        params={},
+        state=state,
+        epoch=epoch,
+        objectives={epoch: objective},
+        metrics=metrics,
+    )
+
+
+def test_highest_objective_at_full_budget_wins() -> None:
+    trials = [record(0, objective=0.5), record(1, "pruned", 0.9), record(2, objective=0.7), record(3, "failed", 0.8)]
+    assert select_winner(trials).index == 2
+
+
+def test_last_epoch_counts_and_not_the_best() -> None:
+    early = record(0, objective=0.6)
+    early.objectives[3] = 0.99
+    assert select_winner([early, record(1, objective=0.7)]).index == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"val_image_ap": 0.8}, {"val_image_ap": 0.9, "val_loss": 9.0}),
+        ({"val_image_ap": 0.9, "val_loss": 0.5}, {"val_image_ap": 0.9, "val_loss": 0.4, "duration_s": 99.0}),
+        ({"val_image_ap": 0.9, "duration_s": 8.0}, {"val_image_ap": 0.9, "duration_s": 7.0}),
+        ({}, {"val_image_ap": 0.1}),
+        ({"val_loss": math.nan}, {"val_loss": 5.0}),
+    ],
+)
+def test_ties_go_to_image_ap_then_loss_then_cost(first: dict[str, float], second: dict[str, float]) -> None:
+    assert select_winner([record(0, **first), record(1, **second)]).index == 1
+    assert select_winner([record(1, **second), record(0, **first)]).index == 1
+
+
+def test_full_tie_does_not_depend_on_the_order() -> None:
+    assert select_winner([record(3), record(1), record(2)]).index == 1
+
+
+def test_no_winner_is_explained() -> None:
+    failed = record(1, "failed")
+    failed.failure = "it raised an error"
+    with pytest.raises(
+        SSNError, match=r"^screw: no winner, because no trial has finished its 9 epochs \(2 pruned, 1 fa"
+    ):
+        select_winner([record(0, "pruned"), failed, record(2, "pruned")])
+    with pytest.raises(SSNError, match=r"trial 1: it raised an error"):
+        select_winner([record(0, "pruned"), failed])
+    with pytest.raises(SSNError, match=r"1 running\); resume the sweep$"):
+        select_winner([record(0, "running")])
+    with pytest.raises(SSNError, match=r"raise the number of trials"):
+        select_winner([record(0, "pruned")])
+    with pytest.raises(SSNError, match=r"no trial was started"):
+        select_winner([])

@@ -1,0 +1,1 @@
+"""The platform around ``ssn``: hyperparameter search on Ray, tracked in MLflow, with one champion per category."""

@@ -1,0 +1,222 @@
+"""The commands of ``python -m tuning``: search over every category of a dataset, champions, reports.
+
+As thin as those of ``ssn.cli``: parse, call one function, print what it returns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssn.cli import ConfigOption, DataOption, DatasetArgument, JsonOption, SetOption, dataset_name
+from ssn.console import print_table, run_app, write_json
+from ssn.errors import SSNError
+
+if TYPE_CHECKING:
+    from tuning.report import Leaderboard
+
+app = typer.Typer(
+    help="Hyperparameter search for SuperSimpleNet on Ray, with one MLflow champion per category.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+champions = typer.Typer(help="The registered model of each category.", no_args_is_help=True)
+app.add_typer(champions, name="champions")
+
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        envvar="MLFLOW_TRACKING_URI",
+        help="MLflow server or sqlite:///FILE; by default mlflow.db in this folder.",
+    ),
+]
+
+
+def main() -> None:
+    """Entry point of ``python -m tuning`` and of the console script."""
+    run_app(app)
+
+
+@app.command()
+def sweep(
+    dataset: DatasetArgument,
+    data: DataOption,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    set_: SetOption = None,
+    config: ConfigOption = None,
+    tracking_uri: TrackingOption = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers)."),
+    ] = None,
+    use_gpu: Annotated[
+        bool | None,
+        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
+    ] = None,
+    out: Annotated[
+        str, typer.Option("--out", metavar="URI", help="Where Ray keeps the sweep's state: a folder, s3://, gs://.")
+    ] = "runs",
+    json_file: JsonOption = None,
+) -> None:
+    """Tune every category of a dataset and register one champion each."""
+    from ssn.loader import load_config
+    from tuning.settings import SweepSettings
+
+    sets = list(set_ or ())
+    for key, value in {
+        "search.trials": trials,
+        "resources.num_workers": num_workers,
+        "resources.use_gpu": use_gpu,
+    }.items():
+        if value is not None:
+            sets.append(f"{key}={str(value).lower()}")
+    name = dataset_name(dataset)
+    categories = tuple(category) if category else None
+    defaults = read_defaults(data, name, categories)
+    settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=defaults)
+
+    from tuning.sweep import sweep as run_sweep  # after the settings are known to be right: Ray takes seconds
+
+    result = run_sweep(
+        settings,
+        dataset=name,
+        data_uri=data,
+        categories=categories,
+        tracking_uri=resolve_tracking_uri(tracking_uri),
+        out=out,
+    )
+    show_leaderboard(result.leaderboard)
+    if json_file is not None:
+        write_json(json_file, result.to_dict())
+
+
+@champions.command("promote")
+def promote(
+    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="A complete trial's run, as MLflow's pages show it.")],
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make a trial, picked by hand, the champion of its category."""
+    from tuning.champions import promote as run_promote
+
+    champion = run_promote(run_id, resolve_tracking_uri(tracking_uri))
+    print(f"{champion.name} version {champion.version}: {champion.model_uri}")
+
+
+@champions.command("list")
+def list_(
+    dataset: Annotated[str | None, typer.Argument(metavar="[DATASET]", help="Only this dataset's champions.")] = None,
+    tracking_uri: TrackingOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Show the champion of every category, and what it was chosen by."""
+    rows = read_champions(resolve_tracking_uri(tracking_uri), dataset)
+    if not rows:
+        print("no champions yet; `tuning sweep` registers them", file=sys.stderr)
+    print_table([{key: row[key] for key in ("model", "version", "validation_objective", "run_id")} for row in rows])
+    if json_file is not None:
+        write_json(json_file, rows)
+
+
+@app.command()
+def report(
+    dataset: DatasetArgument,
+    sweep_id: Annotated[str | None, typer.Option("--sweep", metavar="ID", help="By default the latest.")] = None,
+    tracking_uri: TrackingOption = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown rather than a table.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show the leaderboard of a sweep again, read from its runs."""
+    from tuning.report import leaderboard_from_runs
+    from tuning.tracking.mlflow_tracker import MLflowTracker
+
+    uri, name = resolve_tracking_uri(tracking_uri), dataset_name(dataset)
+    runs = MLflowTracker(uri).find_runs(name, sweep_id=sweep_id)
+    if not runs:
+        which = f"sweep {sweep_id}" if sweep_id else "any sweep"
+        raise SSNError(f"{uri} has no runs of {which} of {name}; check --tracking-uri and the dataset's name")
+    latest = sweep_id or next(run for run in reversed(runs) if run.parent_run_id is None).tags["sweep_id"]
+    of_sweep = [run for run in runs if run.tags["sweep_id"] == latest]
+    leaderboard = leaderboard_from_runs(name, latest, of_sweep, tracking_uri=uri)
+    show_leaderboard(leaderboard, markdown=markdown)
+    if json_file is not None:
+        write_json(json_file, leaderboard.as_dict())
+
+
+def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:
+    """Print a leaderboard on stdout, whole: a pipe gets no less than a wide terminal."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    if markdown:
+        print(leaderboard.markdown())
+        return
+    console, table = Console(), leaderboard.table()
+    if not console.is_terminal:
+        console.width = Measurement.get(Console(width=10_000), console.options.update(max_width=10_000), table).maximum
+    console.print(table)
+    if leaderboard.footer():
+        print(leaderboard.footer())
+
+
+def read_champions(tracking_uri: str, dataset: str | None) -> list[dict[str, Any]]:
+    """One row per registered model that has a champion: its name, version, run and the tags it was registered with."""
+    from tuning.champions import ALIAS
+    from tuning.tracking.mlflow_tracker import explained, open_client
+
+    client = open_client(tracking_uri)
+    rows: list[dict[str, Any]] = []
+    with explained(tracking_uri):
+        token: str | None = ""
+        while token is not None:
+            page = client.search_registered_models(page_token=token or None)
+            for model in page:
+                if ALIAS in model.aliases and (dataset is None or model.tags.get("dataset") == dataset):
+                    version = client.get_model_version_by_alias(model.name, ALIAS)
+                    objective = version.tags.get("validation_objective")
+                    rows.append(
+                        {
+                            "model": model.name,
+                            "version": str(version.version),
+                            "validation_objective": float(objective) if objective is not None else None,
+                            "run_id": version.run_id,
+                            "tags": dict(version.tags),
+                        }
+                    )
+            token = page.token or None
+    return sorted(rows, key=lambda row: str(row["model"]))
+
+
+def read_defaults(data_uri: str, dataset: str, categories: Sequence[str] | None) -> dict[str, Any]:
+    """The manifest's defaults as they were when the categories were ingested; all must agree.
+
+    Raises:
+        SSNError: there are no shards, or the categories were ingested with different defaults.
+    """
+    from ssn.data.reader import list_categories, open_search_data
+
+    names = list(categories or list_categories(data_uri, dataset))
+    defaults = {name: open_search_data(data_uri, dataset, name).info.defaults for name in names}
+    for name in names[1:]:
+        if defaults[name] != defaults[names[0]]:
+            raise SSNError(
+                f"categories {names[0]} and {name} of {dataset} were ingested with different manifest defaults; "
+                "ingest them again, or sweep them one by one with --category"
+            )
+    return dict(defaults[names[0]]) if names else {}
+
+
+def resolve_tracking_uri(tracking_uri: str | None) -> str:
+    """The store to use: as given, else a database in the working folder."""
+    from tuning.tracking.mlflow_tracker import default_tracking_uri
+
+    return tracking_uri or default_tracking_uri(Path.cwd())

@@ -1,0 +1,119 @@
+"""Backbone features of each category, computed once per sweep and shared by all trials through Ray's object store.
+
+The store is an actor that needs no CPU. The first trial that asks for a category's features computes them, in its own
+process and on its own device, and hands them over; the others wait and then read them without a copy. Whoever computes
+holds a lease that ends when it stops reporting progress, so that a trial that dies does not hold up the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from ssn.config import Config, digest, flatten
+from ssn.features import CategoryFeatures
+
+LEASE_S = 120.0
+"""A builder that is silent for this long is taken for dead. Loading a backbone from the hub is silent."""
+POLL_S = 0.5
+
+
+def feature_key(config: Config, *, data_uri: str, category: str, search_fingerprint: str, weights_digest: str) -> str:
+    """What features depend on, and nothing else."""
+    flat = flatten(config.resolved())
+    parts = ("model.backbone", "model.layers", "data.", "eval.size", "eval.batch_size")
+    relevant = {key: value for key, value in flat.items() if key.startswith(parts)}
+    return digest([relevant, data_uri, category, search_fingerprint, weights_digest])
+
+
+@dataclass
+class _Entry:
+    refs: list[ray.ObjectRef] | None = None
+    num_bytes: int = 0
+    lease_ends_s: float = 0.0
+
+
+class FeatureStore:
+    """Holds references to features; run it as a Ray actor (:func:`start_feature_store`).
+
+    Args:
+        budget_bytes: Least-recently-used categories are dropped beyond it; trials that still use them keep them alive.
+        clock: For tests; seconds that only grow.
+    """
+
+    def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+
+    def budget_bytes(self) -> int:
+        """Memory for all features together."""
+        return self._budget_bytes
+
+    def acquire(self, key: str) -> list[ray.ObjectRef] | bool:
+        """References to the features; True: the caller is to compute them and :meth:`put` them; False: ask again."""
+        entry = self._entries.setdefault(key, _Entry())
+        if entry.refs is not None:
+            self._entries.move_to_end(key)
+            return entry.refs
+        if entry.lease_ends_s > self._clock():
+            return False
+        entry.lease_ends_s = self._clock() + LEASE_S
+        return True
+
+    def renew(self, key: str) -> None:
+        """The builder is alive."""
+        self._entries[key].lease_ends_s = self._clock() + LEASE_S
+
+    def release(self, key: str) -> None:
+        """The builder gave up; the next one to ask may try."""
+        self._entries[key].lease_ends_s = 0.0
+
+    def put(self, key: str, features: Any, num_bytes: int) -> list[ray.ObjectRef]:
+        """Take over computed features; the store owns them from now on."""
+        entry = self._entries.setdefault(key, _Entry())
+        if entry.refs is None:
+            entry.refs, entry.num_bytes = [ray.put(features)], num_bytes
+        self._entries.move_to_end(key)
+        while sum(e.num_bytes for e in self._entries.values()) > self._budget_bytes:
+            oldest = next((k for k, e in self._entries.items() if e.refs is not None and k != key), None)
+            if oldest is None:
+                break
+            del self._entries[oldest]
+        return entry.refs
+
+
+def start_feature_store(budget_bytes: int, *, name: str) -> Any:
+    """Start the store under a name that trials find it by; it lives as long as the driver."""
+    return ray.remote(FeatureStore).options(name=name, num_cpus=0).remote(budget_bytes)
+
+
+def get_features(
+    store: Any, key: str, build: Callable[[int, Callable[[], None]], CategoryFeatures]
+) -> CategoryFeatures:
+    """Features from the store, computed here if nobody has.
+
+    Args:
+        store: Handle of the actor.
+        key: From :func:`feature_key`.
+        build: Computes them, given the memory budget in bytes and a callable that tells the store it is alive.
+    """
+    while True:
+        answer = ray.get(store.acquire.remote(key))
+        if isinstance(answer, list):
+            return cast(CategoryFeatures, ray.get(answer[0]))
+        if answer:
+            try:
+                features = build(ray.get(store.budget_bytes.remote()), lambda: store.renew.remote(key))
+            except BaseException:
+                ray.get(store.release.remote(key))
+                raise
+            refs = ray.get(store.put.remote(key, features, features.num_bytes))
+            # not our own copy: all trials of a node share the store's
+            return cast(CategoryFeatures, ray.get(refs[0]))
+        time.sleep(POLL_S)

@@ -1,0 +1,149 @@
+"""One trial: a plain dictionary in, a trained and validated model out. Nothing here can reach a test split."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssn.backbone import Backbone
+from ssn.config import unflatten
+from ssn.data.reader import CategoryInfo, SearchData
+from ssn.engine import EpochReport, choose_supervision, fit
+from ssn.errors import SSNError
+from ssn.features import CategoryFeatures, extract, prepare_backbone
+from tuning.settings import ObjectiveSettings
+
+MEAN_METRIC = "mean(image_auroc, pixel_ap)"
+
+ReportResult = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
+"""Takes a result and, at the epochs whose checkpoint must be kept, a way to write it."""
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a category share; it crosses into Ray as it is."""
+
+    data: SearchData
+    objective: ObjectiveSettings
+    rung_epochs: tuple[int, ...]
+    """Epochs at which trials are compared, before the last."""
+
+
+def masks_available(info: CategoryInfo) -> bool:
+    """Whether the validation split has masks to compute pixel metrics with."""
+    return info.counts["validation"].masks > 0
+
+
+def check_objective(objective: ObjectiveSettings, info: CategoryInfo) -> None:
+    """Refuse a category whose validation split cannot rank trials.
+
+    Raises:
+        SSNError: naming the category and what it lacks.
+    """
+    counts, name = info.counts["validation"], f"{info.dataset}/{info.category}"
+    if counts.normal == 0 or counts.defective == 0:
+        missing = "normal" if counts.normal == 0 else "defective"
+        raise SSNError(
+            f"{name} has no {missing} validation images, so no metric can rank trials; add some and ingest again, or "
+            "train with fixed settings (ssn train)"
+        )
+    if objective.metric in ("pixel_ap", "aupro") and not masks_available(info):
+        raise SSNError(
+            f"{name} has no validation masks, so objective.metric {objective.metric} is undefined; "
+            f"use {MEAN_METRIC!r} or image_auroc"
+        )
+
+
+def compute_objective(
+    settings: ObjectiveSettings, metrics: Mapping[str, float], *, has_masks: bool, masks_used: int
+) -> float:
+    """The number a search maximises, of validation metrics alone.
+
+    Args:
+        settings: Which metric, and the price of a mask.
+        metrics: ``val_<metric>``.
+        has_masks: Whether pixel metrics exist; without masks the mean is image AUROC alone.
+        masks_used: Masks that the trial trained on.
+    """
+    if settings.metric == MEAN_METRIC:
+        value = metrics["val_image_auroc"]
+        if has_masks:
+            value = (value + metrics["val_pixel_ap"]) / 2
+    else:
+        value = metrics[f"val_{settings.metric}"]
+    return value - settings.cost_per_mask * masks_used
+
+
+def build_features(
+    flat_config: Mapping[str, Any],
+    data: SearchData,
+    *,
+    device: str,
+    budget_bytes: int,
+    alive: Callable[[], None],
+) -> CategoryFeatures:
+    """Compute a category's features in this process."""
+    config = unflatten(flat_config)
+    backbone: Backbone = prepare_backbone(config, data)
+    alive()
+    return extract(
+        config, data, backbone, device=device, budget_bytes=budget_bytes, on_progress=lambda done, total: alive()
+    )
+
+
+def run_trial(
+    trial: Mapping[str, Any],
+    context: TrialContext,
+    features: CategoryFeatures,
+    *,
+    report: ReportResult,
+    resume_from: Path | None,
+    device: str,
+) -> None:
+    """Train one configuration and report every epoch.
+
+    Args:
+        trial: ``{"trial_key", "category", "index", "config"}``.
+        context: Of its category.
+        features: Of its category.
+        report: Takes ``epoch``, ``category``, metrics and, at rungs and at the end, ``objective``.
+        resume_from: Checkpoint folder of an earlier attempt.
+        device: Where to train.
+
+    Raises:
+        SSNError: training diverged.
+    """
+    config = unflatten(trial["config"])
+    has_masks = masks_available(context.data.info)
+    masks_used = len(choose_supervision(config, features.pool).used)
+
+    def on_epoch(epoch: EpochReport, save: Callable[..., None]) -> None:
+        result: dict[str, Any] = {
+            "epoch": epoch.epoch,
+            "category": trial["category"],
+            "masks_used": masks_used,
+            "hostname": os.uname().nodename,
+            **epoch.metrics,
+        }
+        last = epoch.epoch == config.train.epochs
+        if last or epoch.epoch in context.rung_epochs:
+            objective = compute_objective(context.objective, epoch.metrics, has_masks=has_masks, masks_used=masks_used)
+            result["objective"] = objective if math.isfinite(objective) else math.nan
+            # nobody resumes a finished trial; what it leaves is its model
+            report(result, functools.partial(save, resumable=not last))
+        else:
+            report(result, None)
+
+    fit(config, features, report=on_epoch, resume_from=resume_from, pixel_epochs=context.rung_epochs, device=device)
+
+
+def use_threads(cpus: float) -> None:
+    """Let torch use the CPUs that Ray gave this process; it would take all of the node's otherwise."""
+    torch.set_num_threads(max(1, round(cpus)))

@@ -1,0 +1,278 @@
+"""The leaderboard of a sweep: one row per category, as a terminal table, Markdown, and plain data for ``--json``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tuning.tracking.mlflow_tracker import absolute_uri, ui_command
+from tuning.tracking.protocol import PARENT_STAGE, RunRecord
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ABSENT = "—"
+REPORTED_PARAMS = ("synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio")
+
+
+@dataclass(frozen=True)
+class LeaderboardRow:
+    """What a sweep found for one category. None: undefined (no masks, one class only) or not there yet."""
+
+    category: str
+    noise_sigma: float | None = None
+    perlin_threshold: float | None = None
+    supervision_ratio: float | None = None
+    validation_objective: float | None = None
+    """The champion's; the mean over seeds where there were several."""
+    default_objective: float | None = None
+    """Trial 0's, which has the paper's settings, on the same validation split."""
+    test_image_auroc: float | None = None
+    test_pixel_ap: float | None = None
+    train_labels: int | None = None
+    """Defective training images that the champion used."""
+    train_masks: int | None = None
+    """Those of them whose pixel masks it used."""
+    validation_labels: int | None = None
+    """Defective validation images by which it was chosen."""
+    validation_masks: int | None = None
+    trials_complete: int = 0
+    trials_pruned: int = 0
+    trials_failed: int = 0
+    duration_s: float | None = None
+    """Summed over the category's trials, however many ran at once."""
+    champion: str | None = None
+    """Registered model version, as ``<dataset>.<category>/<version>``."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """A sweep's result."""
+
+    dataset: str
+    sweep_id: str
+    rows: Sequence[LeaderboardRow]
+    tracking_uri: str | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What a reader must know to read the numbers right, such as ``labels were free in this search``."""
+
+    def table(self) -> Table:
+        """For a terminal."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        # Text, not str: a category's name may hold brackets, which rich would take for markup.
+        table = Table(
+            title=Text(self._title()), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0
+        )
+        if self.notes:
+            table.caption = Text("\n".join(self.notes))
+        for _, heading in _COLUMNS:
+            table.add_column(heading, justify="left" if heading == "category" else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, _cells(row)))
+        if len(self.rows) > 1:
+            table.add_section()
+            table.add_row(*map(Text, _mean_cells(self.rows)))
+        return table
+
+    def markdown(self) -> str:
+        """For a README or a pull request."""
+        lines = [f"**{self._title()}**", ""]
+        lines += [_markdown_line([name for name, _ in _COLUMNS])]
+        lines += [_markdown_line([":---" if name == "category" else "---:" for name, _ in _COLUMNS])]
+        lines += [_markdown_line(_cells(row)) for row in self.rows]
+        if len(self.rows) > 1:
+            lines.append(_markdown_line(_mean_cells(self.rows)))
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; None where a number is undefined."""
+        return {
+            "dataset": self.dataset,
+            "sweep_id": self.sweep_id,
+            "tracking_uri": self.tracking_uri,
+            "ui_command": self.ui_command(),
+            "notes": list(self.notes),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def ui_command(self) -> str | None:
+        """How to look at the runs: a command for a local store; None for a server, whose address suffices."""
+        return None if self.tracking_uri is None else ui_command(self.tracking_uri)
+
+    def footer(self) -> str:
+        """The line below the table that says where the runs are."""
+        if self.tracking_uri is None:
+            return ""
+        command = self.ui_command()
+        return f"runs: {command}" if command else f"runs: {absolute_uri(self.tracking_uri)}"
+
+    def _title(self) -> str:
+        return f"{self.dataset}: champions of sweep {self.sweep_id}"
+
+
+# Heading in Markdown, and in a terminal, where all twelve must stand side by side in 100 characters.
+_COLUMNS = (
+    ("category", "category"),
+    ("validation", "valid-\nation"),
+    ("paper defaults", "paper\ndefault"),
+    ("test image_auroc", "test\nimage\nauroc"),
+    ("test pixel_ap", "test\npixel\nap"),
+    ("noise_sigma", "noise\nsigma"),
+    ("perlin_threshold", "perlin\nthresh."),
+    ("supervision_ratio", "superv.\nratio"),
+    ("train labels/masks", "train\nlabels/\nmasks"),
+    ("validation labels/masks", "valid.\nlabels/\nmasks"),
+    ("done/pruned/failed", "done/\npruned/\nfailed"),
+    ("time", "time"),
+)
+
+
+def _cells(row: LeaderboardRow) -> list[str]:
+    return [
+        row.category,
+        _metric(row.validation_objective),
+        _metric(row.default_objective),
+        _metric(row.test_image_auroc),
+        _metric(row.test_pixel_ap),
+        _setting(row.noise_sigma),
+        _setting(row.perlin_threshold),
+        _setting(row.supervision_ratio),
+        _pair(row.train_labels, row.train_masks),
+        _pair(row.validation_labels, row.validation_masks),
+        f"{row.trials_complete}/{row.trials_pruned}/{row.trials_failed}",
+        format_duration(row.duration_s),
+    ]
+
+
+def _mean_cells(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """Means of the metrics over the categories that have them, how many those are where not all do; sums of counts."""
+
+    def mean(values: list[float | None]) -> str:
+        defined = [v for v in values if v is not None]
+        if not defined:
+            return ABSENT
+        share = "" if len(defined) == len(values) else f" (n={len(defined)})"
+        return _metric(statistics.fmean(defined)) + share
+
+    def total(values: list[int | None]) -> int | None:
+        defined = [v for v in values if v is not None]
+        return sum(defined) if defined else None
+
+    durations_s = [r.duration_s for r in rows if r.duration_s is not None]
+    return [
+        "mean, sum",
+        mean([r.validation_objective for r in rows]),
+        mean([r.default_objective for r in rows]),
+        mean([r.test_image_auroc for r in rows]),
+        mean([r.test_pixel_ap for r in rows]),
+        "",
+        "",
+        "",
+        _pair(total([r.train_labels for r in rows]), total([r.train_masks for r in rows])),
+        _pair(total([r.validation_labels for r in rows]), total([r.validation_masks for r in rows])),
+        "/".join(str(sum(getattr(r, f"trials_{state}") for r in rows)) for state in ("complete", "pruned", "failed")),
+        format_duration(sum(durations_s) if durations_s else None),
+    ]
+
+
+def _metric(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def _setting(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3g}"
+
+
+def _pair(labels: int | None, masks: int | None) -> str:
+    if labels is None and masks is None:
+        return ABSENT
+    return f"{ABSENT if labels is None else labels}/{ABSENT if masks is None else masks}"
+
+
+def format_duration(duration_s: float | None) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if duration_s is None:
+        return ABSENT
+    total_s = round(duration_s)
+    if total_s < 60:
+        return f"{total_s} s"
+    if total_s < 3600:
+        return f"{total_s // 60} min {total_s % 60:02d} s"
+    return f"{total_s // 3600} h {total_s % 3600 // 60:02d} min"
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def leaderboard_from_runs(
+    dataset: str,
+    sweep_id: str,
+    runs: Sequence[RunRecord],
+    *,
+    tracking_uri: str | None = None,
+    notes: Sequence[str] = (),
+) -> Leaderboard:
+    """Read a sweep's leaderboard back from its runs, as ``tuning report`` does.
+
+    Trials are counted from the search's runs. A category's champion is the run named by its parent run's tag
+    ``champion_run_id``, whose test metrics are the parent's ``test_*`` metrics; label and mask counts are the parent's
+    tags ``train_labels``, ``train_masks``, ``validation_labels``, ``validation_masks``. A category without a champion
+    yet shows its counts alone.
+
+    Args:
+        dataset: Dataset's name.
+        sweep_id: The sweep.
+        runs: From ``Tracker.find_runs(dataset, sweep_id=sweep_id)``.
+        tracking_uri: For :meth:`Leaderboard.ui_command`.
+        notes: See :class:`Leaderboard`.
+    """
+    by_id = {run.run_id: run for run in runs}
+    parents = [run for run in runs if run.stage == PARENT_STAGE]
+    rows = [
+        _row(parent, [r for r in runs if r.parent_run_id == parent.run_id and r.stage == "search"], by_id)
+        for parent in sorted(parents, key=lambda run: run.category)
+    ]
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=tuple(notes))
+
+
+def _row(parent: RunRecord, trials: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:
+    champion = by_id.get(parent.tags.get("champion_run_id", ""))
+    default = next((t for t in trials if t.tags["trial_index"] == "0" and t.trial_state == "COMPLETE"), None)
+    states = [trial.trial_state for trial in trials]
+    durations_s = [trial.metrics["elapsed_s"] for trial in trials if "elapsed_s" in trial.metrics]
+    settings = {key: _float(champion.params.get(key)) if champion else None for key in REPORTED_PARAMS}
+    counts = {
+        key: int(parent.tags[key]) if key in parent.tags else None
+        for key in ("train_labels", "train_masks", "validation_labels", "validation_masks")
+    }
+    objective = parent.metrics.get("validation_objective")
+    if objective is None and champion is not None:
+        objective = champion.metrics.get("objective")
+    return LeaderboardRow(
+        category=parent.category,
+        noise_sigma=settings["synthesis.noise_sigma"],
+        perlin_threshold=settings["synthesis.perlin_threshold"],
+        supervision_ratio=settings["train.supervision_ratio"],
+        validation_objective=objective,
+        default_objective=default.metrics.get("objective") if default else None,
+        test_image_auroc=parent.metrics.get("test_image_auroc"),
+        test_pixel_ap=parent.metrics.get("test_pixel_ap"),
+        trials_complete=states.count("COMPLETE"),
+        trials_pruned=states.count("PRUNED"),
+        trials_failed=states.count("FAIL"),
+        duration_s=sum(durations_s) if durations_s else None,
+        champion=champion.tags.get("champion_version") if champion else None,
+        **counts,
+    )
+
+
+def _float(text: str | None) -> float | None:
+    return None if text is None or text == "None" else float(text)

@@ -1,0 +1,415 @@
+"""One searcher for every category of a sweep: an Optuna study each, served round-robin to a single Ray Tune run.
+
+Unlike Ray's own ``OptunaSearch``, a trial that the scheduler stops is told as PRUNED with its intermediate values keyed
+by ``epoch``, and only a trial that used its whole budget is told as COMPLETE, so that the sampler never takes an early
+objective for a final one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from ssn.config import digest, trial_identity, unflatten
+from ssn.errors import SSNError
+from tuning.space import Axis, FloatRange, validate_space
+from tuning.winner import RecordState, TrialRecord
+
+if TYPE_CHECKING:
+    from ray.tune import Tuner
+
+MAX_DUPLICATES = 50
+"""Suggestions in a row that repeat earlier trials before a category's space counts as exhausted."""
+
+
+@dataclass(frozen=True)
+class CategorySearch:
+    """What the search needs to know of one category; nothing of its test split."""
+
+    category: str
+    base: Mapping[str, Any]
+    """Flat configuration; trial 0 is this, unchanged, and later trials replace the searched keys."""
+    space: Mapping[str, Axis]
+    """As :func:`tuning.space.resolve_space` returns it."""
+    search_fingerprint: str
+    weights_digest: str
+    split_seed: int
+
+    def identity(self, config: Mapping[str, Any]) -> str:
+        """Identity of the trial that trains with ``config`` on this category."""
+        return trial_identity(
+            unflatten(config),
+            search_fingerprint=self.search_fingerprint,
+            weights_digest=self.weights_digest,
+            split_seed=self.split_seed,
+        )
+
+
+class MultiplexSearcher(Searcher):
+    """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
+
+    A suggestion is ``{"trial_key", "category", "index", "config"}``, all plain. The first of every category is its base
+    configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's result and
+    asked anew, without a run and without counting against the budget.
+
+    Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
+    Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
+
+    Args:
+        categories: Served in this order among equals.
+        sweep_id: Names the studies ``<sweep_id>.<category>``.
+        trials_per_category: Budget, the base configuration included.
+        search_seed: With the category, it seeds the sampler.
+        storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
+            them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
+            studies that a run which was not restored left in a database are refused.
+
+    Raises:
+        SSNError: a space or base configuration is invalid, or the storage already has studies of this sweep.
+    """
+
+    def __init__(
+        self,
+        categories: Sequence[CategorySearch],
+        *,
+        sweep_id: str,
+        trials_per_category: int,
+        search_seed: int = 0,
+        storage_url: str | None = None,
+    ) -> None:
+        # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
+        super().__init__()
+        if trials_per_category < 1:
+            raise SSNError(f"trials per category is {trials_per_category}, but must be at least 1")
+        if not categories:
+            raise SSNError("no category to search; name at least one")
+        self._sweep_id = sweep_id
+        self._budget = trials_per_category
+        self._storage_url = storage_url
+        self._max_concurrent: int | None = None
+        self._categories = {c.category: c for c in categories}
+        if len(self._categories) < len(categories):
+            raise SSNError("a category is named twice; name each once")
+        self._distributions = {c.category: _to_distributions(c) for c in categories}
+        self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
+        self._storage = _open_storage(storage_url)
+        self._studies = {c.category: self._create_study(c) for c in categories}
+        self._records: dict[str, TrialRecord] = {}
+        self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._exhausted: set[str] = set()
+        self.notices: list[str] = []
+        """Lines for the user about categories that ended early."""
+
+    # What others read.
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories in the order they were given."""
+        return tuple(self._categories)
+
+    @property
+    def trials_per_category(self) -> int:
+        """Budget of each category."""
+        return self._budget
+
+    @property
+    def max_concurrent(self) -> int | None:
+        """How many trials may run at once; None: no limit."""
+        return self._max_concurrent
+
+    def records(self, category: str | None = None) -> list[TrialRecord]:
+        """Trials in the order they were started; those of one category, or all."""
+        return list(self._records.values() if category is None else self._by_category[category])
+
+    def expected_trials(self, category: str) -> int:
+        """How many trials the category will have had at the end."""
+        return len(self._by_category[category]) if category in self._exhausted else self._budget
+
+    @property
+    def done(self) -> bool:
+        """Whether every category has ended; false after a run that was interrupted."""
+        return all(
+            sum(r.state != "running" for r in self._by_category[c]) >= self.expected_trials(c) for c in self._categories
+        )
+
+    def study(self, category: str) -> optuna.Study:
+        """The category's Optuna study."""
+        return self._studies[category]
+
+    def recorded_objectives(self, trial_id: str) -> dict[int, float]:
+        """Objective by epoch of one trial; empty if the trial is unknown. Survives a restore."""
+        record = self._records.get(trial_id)
+        return dict(record.objectives) if record else {}
+
+    # What Tune calls.
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Take over the limit that ``TuneConfig.max_concurrent_trials`` states."""
+        self._max_concurrent = max_concurrent
+        return True
+
+    # Ray's annotation leaves out FINISHED, which is a string.
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next trial; None while the concurrency limit is reached; ``FINISHED`` once all budgets are used."""
+        running = sum(r.state == "running" for r in self._records.values())
+        if self._max_concurrent is not None and running >= self._max_concurrent:
+            return None
+        while True:
+            open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
+            if not open_:
+                return str(Searcher.FINISHED)
+            category = min(open_, key=lambda c: len(self._by_category[c]))
+            record = self._ask(category, trial_id)
+            if record is not None:
+                self._records[trial_id] = record
+                self._by_category[category].append(record)
+                return {
+                    "trial_key": record.trial_key,
+                    "category": category,
+                    "index": record.index,
+                    "config": dict(record.config),
+                }
+            self._exhausted.add(category)
+            self.notices.append(
+                f"{category}: ended after {len(self._by_category[category])} of {self._budget} trials, because "
+                f"{MAX_DUPLICATES} suggestions in a row repeated earlier ones; widen the search space for more"
+            )
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record a report; the study learns of objectives as intermediate values keyed by epoch."""
+        record = self._records[trial_id]
+        if record.state != "running":
+            self._reopen(record)
+        self._take(record, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how a trial ended: FAIL, PRUNED, or, at full budget only, COMPLETE."""
+        record = self._records[trial_id]
+        if record.state != "running":
+            if error:
+                return
+            self._reopen(record)
+        if result is not None:
+            self._take(record, result)
+        if error:
+            self._finish(record, "failed", "it raised an error")
+        elif record.epoch == 0:
+            self._finish(record, "failed", "it ended without reporting an epoch")
+        elif record.objective is not None and not math.isfinite(record.objective):
+            self._finish(record, "failed", f"its objective was {record.objective} at epoch {max(record.objectives)}")
+        elif record.epoch < record.max_epochs:
+            self._finish(record, "pruned")
+        elif record.epoch in record.objectives:
+            self._finish(record, "complete")
+        else:
+            self._finish(record, "failed", "it reported no objective at its last epoch")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Pickle the whole state, in-memory studies and samplers included."""
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__getstate__()))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Take up a saved state; the concurrency limit stays the present one."""
+        limit = self._max_concurrent
+        self.__setstate__(pickle.loads(Path(checkpoint_path).read_bytes()))
+        self._max_concurrent = limit
+        self._abandon_unknown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._storage_url is not None:
+            # A database is its own record and its connection cannot be pickled.
+            del state["_storage"], state["_studies"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._storage_url is not None:
+            self._storage = _open_storage(self._storage_url)
+            self._studies = {
+                c: optuna.load_study(study_name=self._study_name(c), storage=self._storage, sampler=self._samplers[c])
+                for c in self._categories
+            }
+
+    # How it is done.
+
+    def _study_name(self, category: str) -> str:
+        return f"{self._sweep_id}.{category}"
+
+    def _create_study(self, category: CategorySearch) -> optuna.Study:
+        name = self._study_name(category.category)
+        try:
+            return optuna.create_study(
+                study_name=name,
+                storage=self._storage,
+                direction="maximize",
+                sampler=self._samplers[category.category],
+                pruner=optuna.pruners.NopPruner(),
+            )
+        except optuna.exceptions.DuplicatedStudyError as error:
+            raise SSNError(
+                f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
+            ) from error
+
+    def _left(self, category: str) -> int:
+        return self._budget - len(self._by_category[category])
+
+    def _ask(self, category: str, trial_id: str) -> TrialRecord | None:
+        """A trial that is not a repetition, or None after too many that are."""
+        search, study = self._categories[category], self._studies[category]
+        earlier = {r.trial_key: r for r in self._by_category[category]}
+        if not earlier:
+            study.enqueue_trial(_encode(search.space, search.base))
+        for _ in range(MAX_DUPLICATES):
+            asked = study.ask(self._distributions[category])
+            params = _decode(search.space, asked.params)
+            config = {**search.base, **params}
+            key = search.identity(config)
+            asked.set_user_attr("trial_key", key)
+            asked.set_user_attr("params", params)
+            if key not in earlier:
+                index = len(self._by_category[category])
+                asked.set_user_attr("index", index)
+                return TrialRecord(
+                    trial_id=trial_id,
+                    trial_key=key,
+                    category=category,
+                    index=index,
+                    number=asked.number,
+                    max_epochs=int(config["train.epochs"]),
+                    config=config,
+                    params=params,
+                )
+            asked.set_user_attr("duplicate_of", earlier[key].number)
+            self._tell(dataclasses.replace(earlier[key], number=asked.number))
+        return None
+
+    def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
+        """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
+        epoch = result.get("epoch")
+        if epoch is None:
+            return
+        record.epoch = int(epoch)
+        record.metrics = dict(result)
+        if result.get("objective") is not None:
+            record.objectives[record.epoch] = float(result["objective"])
+
+    def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
+        record.state, record.failure = state, failure
+        self._tell(record)
+
+    def _tell(self, record: TrialRecord) -> None:
+        """Bring a finished record, its intermediate values included, into its study.
+
+        A trial whose objective stopped being a number is told as PRUNED: Optuna ranks a NaN behind everything of its
+        epoch, so the sampler learns to keep away, whereas it ignores what is told as FAIL.
+        """
+        study = self._studies[record.category]
+        study_id = self._storage.get_study_id_from_name(study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
+        if self._storage.get_trial(trial_id).state.is_finished():
+            # The database was ahead of the state this searcher was restored from.
+            return
+        for epoch, objective in sorted(record.objectives.items()):
+            value = objective if math.isfinite(objective) else math.nan
+            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+        if record.state == "complete":
+            study.tell(record.number, record.objective)
+        elif record.state == "pruned" or any(not math.isfinite(o) for o in record.objectives.values()):
+            study.tell(record.number, state=TrialState.PRUNED)
+        else:
+            study.tell(record.number, state=TrialState.FAIL)
+
+    def _reopen(self, record: TrialRecord) -> None:
+        """Let a failed trial run again after a restore; a study reopens no trial, so the attempt gets a new number."""
+        study = self._studies[record.category]
+        study.enqueue_trial(
+            _encode(self._categories[record.category].space, record.config),
+            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
+        )
+        record.number = study.ask(self._distributions[record.category]).number
+        record.state, record.failure = "running", None
+
+    def _abandon_unknown(self) -> None:
+        """Fail the running trials of a database that the restored state never heard of: nobody runs them any more."""
+        for category, study in self._studies.items():
+            known = {r.number for r in self._by_category[category]}
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if trial.number not in known:
+                    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def searcher_of(tuner: Tuner) -> MultiplexSearcher:
+    """The searcher that a tuner runs with: after ``Tuner.restore`` not the one it was built with, but its copy."""
+    assert tuner._local_tuner is not None  # it is with Ray Client only
+    searcher = tuner._local_tuner._tune_config.search_alg
+    assert isinstance(searcher, MultiplexSearcher)
+    return searcher
+
+
+def _open_storage(url: str | None) -> BaseStorage:
+    if url is None:
+        return InMemoryStorage()
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
+        raise SSNError(f"search storage {url} cannot be opened: {error}".splitlines()[0]) from error
+
+
+def _seeded_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
+    seed = int(digest([search_seed, category])[:8], 16)
+    # Optuna's ten random trials before it models anything would be the whole of a small budget.
+    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
+
+
+def _index_name(key: str) -> str:
+    return f"{key}[index]"
+
+
+def _to_distributions(search: CategorySearch) -> dict[str, BaseDistribution]:
+    """Ordered choices become positions, so that the sampler knows which values are neighbours."""
+    if search.space:
+        validate_space(search.space)
+    distributions: dict[str, BaseDistribution] = {}
+    for key, axis in search.space.items():
+        if isinstance(axis, FloatRange):
+            distributions[key] = FloatDistribution(axis.low, axis.high, log=axis.log)
+        elif axis.ordered:
+            distributions[_index_name(key)] = IntDistribution(0, len(axis.values) - 1)
+        else:
+            distributions[_index_name(key)] = CategoricalDistribution(range(len(axis.values)))
+    return distributions
+
+
+def _encode(space: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Any]:
+    encoded: dict[str, Any] = {}
+    for key, axis in space.items():
+        if isinstance(axis, FloatRange):
+            encoded[key] = float(config[key])
+        else:
+            value = config[key]
+            encoded[_index_name(key)] = axis.values.index(tuple(value) if isinstance(value, list) else value)
+    return encoded
+
+
+def _decode(space: Mapping[str, Axis], encoded: Mapping[str, Any]) -> dict[str, Any]:
+    decoded: dict[str, Any] = {}
+    for key, axis in space.items():
+        if isinstance(axis, FloatRange):
+            decoded[key] = encoded[key]
+        else:
+            value = axis.values[encoded[_index_name(key)]]
+            decoded[key] = list(value) if isinstance(value, tuple) else value
+    return decoded

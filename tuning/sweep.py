@@ -1,0 +1,609 @@
+"""The sweep: every category searched in one Ray Tune run, its champion chosen on validation, scored, registered.
+
+The search is given ``SearchData`` alone. Test data is opened after it has ended, for the winners only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssn.config import flatten
+from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
+from ssn.data.sampling import attainable_ratios
+from ssn.errors import SSNError
+from tuning.capacity import DRIVER_CPU, check_fits, cluster_capacity, max_concurrent, use_gpu
+from tuning.objective import TrialContext, check_objective
+from tuning.report import Leaderboard, LeaderboardRow
+from tuning.scheduler import rung_epochs
+from tuning.settings import SweepSettings
+from tuning.space import resolve_space
+from tuning.train_worker import Placement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ssn.checkpoint import Checkpoint
+    from ssn.data.reader import TestData
+    from tuning.champions import ChampionVersion
+    from tuning.search import MultiplexSearcher
+    from tuning.tracking.protocol import Sweep
+    from tuning.winner import TrialRecord
+
+FEATURE_SHARE = 0.8
+"""Of the object store's memory, what features may take."""
+
+# Ray and Tune talk a lot by default, and each line would break the live view. Read when ray is imported.
+_RAY_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class ChampionScore:
+    """What the test split says of a category's winner."""
+
+    metrics: Mapping[str, float]
+    undefined: Mapping[str, str]
+    num_images: int
+    num_defective: int
+    picture: bytes
+    """PNG of its best, median and worst cases."""
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """What a sweep found for one category."""
+
+    category: str
+    winner: TrialRecord | None
+    default: TrialRecord | None
+    """Trial 0, the paper's settings."""
+    trials: Sequence[TrialRecord]
+    score: ChampionScore | None
+    champion: ChampionVersion | None
+    run_id: str | None
+    failure: str | None = None
+    """Why there is no champion."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep."""
+
+    leaderboard: Leaderboard
+    categories: Sequence[CategoryResult]
+    duration_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Per category the champion's parameters, validation and test metrics, trial counts and durations."""
+        return {
+            **{k: v for k, v in self.leaderboard.as_dict().items() if k != "rows"},
+            "duration_s": self.duration_s,
+            "categories": {result.category: _category_dict(result) for result in self.categories},
+        }
+
+
+def sweep(
+    settings: SweepSettings,
+    *,
+    dataset: str,
+    data_uri: str,
+    categories: Sequence[str] | None,
+    tracking_uri: str,
+    out: Path | str,
+    console: Console | None = None,
+) -> SweepResult:
+    """Search every category and register its champion.
+
+    Args:
+        settings: What to search, how to judge, how to place trials.
+        dataset: Name under which the data was ingested.
+        data_uri: Where.
+        categories: None: all that are there.
+        tracking_uri: MLflow server or database.
+        out: Folder or object-store URI for Ray's state of the sweep.
+        console: For notices; None: standard error.
+
+    Raises:
+        SSNError: the data, the tracker, the cluster or the settings cannot serve; said before anything starts. Also if
+            no category has a champion at the end.
+        KeyboardInterrupt: after an interrupt, with every run closed.
+    """
+    import optuna
+
+    from tuning.tracking import MLflowTracker
+
+    started_s = time.monotonic()
+    console = console or _stderr()
+    data = open_categories(data_uri, dataset, categories)
+    for search_data in data.values():
+        check_objective(settings.objective, search_data.info)
+    data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
+    tracker = MLflowTracker(tracking_uri)
+    tracker.check()
+
+    connect_ray()
+    placement = place(settings)
+    # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
+    weights_digest = _weights_digest(settings)
+    run = _Run(
+        settings=settings,
+        dataset=dataset,
+        data_uri=data_uri,
+        data=data,
+        weights_digest=weights_digest,
+        placement=placement,
+        out=out,
+        sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+    )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    searcher, notices = run.searcher()
+    for notice in notices:
+        console.print(f"note: {notice}", highlight=False, markup=False)
+    sweep_tags = run.tracked(tracker)
+    status = "FAILED"
+    try:
+        searcher = run.search(searcher, tracker, sweep_tags)
+        if not searcher.done:
+            status = "KILLED"
+            raise KeyboardInterrupt
+        results = run.crown(searcher, tracker, sweep_tags, console)
+        leaderboard = _leaderboard(run, results, [*notices, *searcher.notices], tracking_uri)
+        run.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+        status = "FINISHED"
+    finally:
+        tracker.finish_sweep(sweep_tags, status)  # type: ignore[arg-type]
+    failures = [f"{r.category}: {r.failure}" for r in results if r.failure]
+    for failure in failures:
+        console.print(f"warning: {failure}", highlight=False, markup=False)
+    if len(failures) == len(results):
+        raise SSNError(failures[0])
+    return SweepResult(leaderboard, results, time.monotonic() - started_s)
+
+
+def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | None) -> dict[str, SearchData]:
+    """Search data of the chosen categories, or of all.
+
+    Raises:
+        SSNError: nothing was ingested there, or a category is unknown.
+    """
+    there = list_categories(data_uri, dataset)
+    if not there:
+        raise SSNError(
+            f"no category of {dataset} at {data_uri}; ingest it first (ssn ingest {dataset} --out {data_uri})"
+        )
+    for name in categories or ():
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"
+            raise SSNError(f"{dataset} at {data_uri} has no category {name!r}{hint}")
+    return {name: open_search_data(data_uri, dataset, name) for name in dict.fromkeys(categories or there)}
+
+
+def connect_ray() -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names, as a submitted job does, or start one on this machine."""
+    for key, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if "RAY_ADDRESS" not in os.environ:
+        # a cluster on the loopback interface; unset, ray would make a token file that later clusters then insist on
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "local")  # never a stranger's cluster that happens to run here
+        if address == "local":
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise SSNError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}") from error
+
+
+def place(settings: SweepSettings) -> Placement:
+    """Decide where trials run, and refuse at once what the cluster can never hold.
+
+    Raises:
+        SSNError: see :func:`tuning.capacity.check_fits`; also more than one worker per trial.
+    """
+    capacity = cluster_capacity()
+    wanted = settings.resources
+    gpu = use_gpu(wanted.use_gpu, capacity)
+    num_workers = (1 if gpu else 0) if wanted.num_workers is None else wanted.num_workers
+    placement = Placement(
+        num_workers=num_workers,
+        use_gpu=gpu,
+        cpus=wanted.cpus_per_worker,
+        gpus=wanted.gpus_per_worker if gpu else 0.0,
+    )
+    check_fits(capacity, num_workers=num_workers, per_worker=placement.per_worker)
+    if num_workers > 1:
+        raise SSNError(
+            f"resources.num_workers is {num_workers}, but a trial trains on one worker in this release; use 0 or 1"
+        )
+    return placement
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One sweep, from its searcher to its champions."""
+
+    settings: SweepSettings
+    dataset: str
+    data_uri: str
+    data: Mapping[str, SearchData]
+    weights_digest: str
+    placement: Placement
+    out: Path | str
+    sweep_id: str
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        search = self.settings.search
+        return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
+
+    def searcher(self) -> tuple[MultiplexSearcher, list[str]]:
+        from tuning.search import CategorySearch, MultiplexSearcher
+
+        base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
+        searches = []
+        for name, data in self.data.items():
+            axes, found = resolve_space(
+                space, category=name, base=base, attainable=attainable_ratios(data.info.counts["pool"].masks)
+            )
+            notices += found
+            searches.append(
+                CategorySearch(
+                    category=name,
+                    base=base,
+                    space=axes,
+                    search_fingerprint=data.info.search_fingerprint,
+                    weights_digest=self.weights_digest,
+                    split_seed=data.info.split_seed,
+                )
+            )
+        searcher = MultiplexSearcher(
+            searches,
+            sweep_id=self.sweep_id,
+            trials_per_category=self.settings.search.trials,
+            search_seed=self.settings.search.seed,
+        )
+        return searcher, notices
+
+    def tracked(self, tracker: Any) -> Sweep:
+        from tuning.tracking import Sweep
+        from tuning.tracking.environment import environment_tags
+
+        described = Sweep(
+            sweep_id=self.sweep_id,
+            dataset=self.dataset,
+            categories={
+                name: {
+                    "search_fingerprint": data.info.search_fingerprint,
+                    "test_fingerprint": data.info.test_fingerprint,
+                    "split_seed": str(data.info.split_seed),
+                    "backbone": self.settings.model.backbone,
+                    "backbone_digest": self.weights_digest,
+                    "data_uri": self.data_uri,
+                }
+                for name, data in self.data.items()
+            },
+            tags=environment_tags(),
+        )
+        tracker.start_sweep(described)
+        return described
+
+    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
+        """Run Tune to the end, or until it is interrupted."""
+        import ray
+        from ray import tune
+
+        from tuning.feature_store import start_feature_store
+        from tuning.progress import ProgressCallback
+        from tuning.scheduler import MultiplexScheduler
+        from tuning.search import searcher_of
+        from tuning.tracking.callback import TrackerCallback
+        from tuning.train_worker import WorkerSetup, train_in_trial, train_in_worker_group
+
+        settings, placement = self.settings, self.placement
+        store_name = f"features-{self.sweep_id}"
+        store = start_feature_store(
+            int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
+        )
+        ray.get(store.budget_bytes.remote())
+        storage_path, storage_filesystem = _storage(self.out)
+        setup = WorkerSetup(
+            contexts={
+                name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
+                for name, data in self.data.items()
+            },
+            data_uri=self.data_uri,
+            weights_digest=self.weights_digest,
+            store_name=store_name,
+            namespace=ray.get_runtime_context().namespace,
+            placement=placement,
+            storage_path=f"{storage_path}/{self.sweep_id}/workers",
+            storage_filesystem=storage_filesystem,
+        )
+        capacity = cluster_capacity()
+        fits = max_concurrent(capacity, num_workers=placement.num_workers, per_worker=placement.per_worker)
+        if placement.num_workers == 0:
+            trainable = tune.with_resources(
+                tune.with_parameters(train_in_trial, setup=setup),
+                {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
+            )
+        else:
+            trainable = tune.with_resources(
+                tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU}
+            )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=MultiplexScheduler(
+                    max_epochs=settings.train.epochs,
+                    grace=settings.grace_epochs(),
+                    eta=settings.search.eta,
+                    history=searcher,
+                ),
+                num_samples=-1,
+                max_concurrent_trials=min(fits, settings.search.max_concurrent or fits),
+                reuse_actors=placement.num_workers == 0,
+            ),
+            run_config=tune.RunConfig(
+                name=self.sweep_id,
+                storage_path=storage_path,
+                storage_filesystem=storage_filesystem,
+                verbose=0,
+                callbacks=[ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags)],
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                # a worker that dies is tried again from its checkpoint; an error of the training itself is final
+                failure_config=tune.FailureConfig(max_failures=1),
+            ),
+        )
+        tuner.fit()
+        ray.kill(store)
+        return searcher_of(tuner)
+
+    def crown(
+        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
+    ) -> list[CategoryResult]:
+        """Choose, score and register each category's champion; several are scored at once."""
+        import ray
+
+        from tuning.champions import load_trial_model
+        from tuning.winner import select_winner
+
+        winners: dict[str, TrialRecord] = {}
+        failures: dict[str, str] = {}
+        for name in self.data:
+            try:
+                winners[name] = select_winner(searcher.records(name))
+            except SSNError as error:
+                failures[name] = str(error)
+        runs = {
+            (r.category, r.tags.get("trial_identity")): r.run_id
+            for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
+        }
+        score = ray.remote(score_champion).options(
+            num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
+        )
+        pending = {}
+        for name, winner in winners.items():
+            model = load_trial_model(runs[name, winner.trial_key], tracker.tracking_uri)
+            test = open_test_data(self.data_uri, self.dataset, name)
+            pending[name] = score.remote(model, test, "cuda" if self.placement.use_gpu else "cpu", self.placement.cpus)
+        results = []
+        for name in self.data:
+            trials = searcher.records(name)
+            default = next((t for t in trials if t.index == 0), None)
+            if name not in winners:
+                results.append(CategoryResult(name, None, default, trials, None, None, None, failures[name]))
+                continue
+            console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
+            winner, run_id = winners[name], runs[name, winners[name].trial_key]
+            scored: ChampionScore = ray.get(pending[name])
+            champion = self._register(tracker, name, winner, run_id, scored, len(trials))
+            results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
+        return results
+
+    def _register(
+        self, tracker: Any, category: str, winner: TrialRecord, run_id: str, scored: ChampionScore, num_trials: int
+    ) -> ChampionVersion:
+        from tuning.champions import Decision, promote
+
+        info = self.data[category].info
+        times = 1 + sum(
+            any(metric.startswith("test_") for metric in r.metrics)
+            and r.tags.get("test_fingerprint") == info.test_fingerprint
+            and r.tags.get("category") == category
+            and r.parent_run_id is not None
+            and r.run_id != run_id
+            for r in tracker.find_runs(self.dataset, category=category)
+        )
+        with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
+            picture = Path(scratch, "test_cases.png")
+            picture.write_bytes(scored.picture)
+            tracker.log_summary(
+                run_id,
+                metrics={f"test_{name}": value for name, value in scored.metrics.items()},
+                tags={
+                    "test_split_scored_times": str(times),
+                    **{f"undefined_test_{name}": reason for name, reason in scored.undefined.items()},
+                },
+                files=[picture],
+                artifact_path="pictures",
+            )
+        assert winner.objective is not None
+        return promote(
+            run_id,
+            tracker.tracking_uri,
+            decision=Decision(
+                validation_objective=winner.objective,
+                num_trials=num_trials,
+                test_metrics=scored.metrics,
+                train_masks=int(winner.metrics.get("masks_used", 0)),
+                validation_labels=info.counts["validation"].defective,
+                validation_masks=info.counts["validation"].masks,
+                extra={"test_split_scored_times": str(times), "objective_metric": self.settings.objective.metric},
+            ),
+        )
+
+    def log_leaderboard(
+        self, tracker: Any, sweep_tags: Sweep, leaderboard: Leaderboard, results: Sequence[CategoryResult]
+    ) -> None:
+        """Summarise each category in its parent run, and keep the whole table there."""
+        parents = {
+            r.category: r.run_id
+            for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
+            if r.parent_run_id is None
+        }
+        with tempfile.TemporaryDirectory(prefix="leaderboard-") as scratch:
+            table = Path(scratch, "leaderboard.md")
+            table.write_text(leaderboard.markdown())
+            for result in results:
+                metrics, tags = _parent_summary(self.data[result.category], result)
+                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
+
+
+def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) -> ChampionScore:
+    """Score a winner on the test split; runs where a trial would."""
+    from ssn.bundle import find_backbone
+    from ssn.evaluation import evaluate_samples
+    from ssn.predictor import Predictor
+    from ssn.visualize import case_figure
+    from tuning.objective import use_threads
+
+    use_threads(cpus)
+    predictor = Predictor.from_checkpoint(model, find_backbone(model), device=device)
+    evaluation = evaluate_samples(predictor, test.stream(), keep_images=True)
+    with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
+        picture = Path(scratch, "cases.png")
+        case_figure(evaluation.cases(), picture, title=f"{test.info.dataset}: {test.info.category}, test split")
+        return ChampionScore(
+            metrics=evaluation.metrics.values,
+            undefined=evaluation.metrics.undefined,
+            num_images=len(evaluation.ids),
+            num_defective=int(evaluation.labels.sum()),
+            picture=picture.read_bytes(),
+        )
+
+
+def _parent_summary(data: SearchData, result: CategoryResult) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and tags of a category's parent run, from which ``tuning report`` builds the table again."""
+    if result.winner is None or result.winner.objective is None or result.score is None or result.run_id is None:
+        return {}, {"failure": result.failure or ""}
+    row = _row(data, result)
+    metrics = {"validation_objective": result.winner.objective}
+    metrics |= {f"test_{name}": value for name, value in result.score.metrics.items()}
+    tags = {
+        "champion_run_id": result.run_id,
+        "train_labels": str(row.train_labels),
+        "train_masks": str(row.train_masks),
+        "validation_labels": str(row.validation_labels),
+        "validation_masks": str(row.validation_masks),
+    }
+    return metrics, tags
+
+
+def _weights_digest(settings: SweepSettings) -> str:
+    """Of the weights as loaded. Calibration of random ones follows from them and the data, so it adds nothing."""
+    from ssn.backbone import load_backbone
+
+    return load_backbone(settings.model).digest
+
+
+def _storage(out: Path | str) -> tuple[str, Any]:
+    """Tune's storage path and file system."""
+    from ssn.data.storage import open_filesystem
+
+    if "://" not in str(out):
+        return str(Path(out).absolute()), None
+    filesystem, path = open_filesystem(str(out))
+    return path, filesystem
+
+
+def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
+    notes = list(notes)
+    if run.settings.objective.cost_per_mask == 0 and any(d.info.counts["pool"].masks for d in run.data.values()):
+        notes.append("labels were free in this search (objective.cost_per_mask is 0)")
+    return Leaderboard(
+        dataset=run.dataset,
+        sweep_id=run.sweep_id,
+        rows=[_row(run.data[r.category], r) for r in results],
+        tracking_uri=tracking_uri,
+        notes=notes,
+    )
+
+
+def _row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
+    winner, counts = result.winner, data.info.counts
+    states = [t.state for t in result.trials]
+    test = result.score.metrics if result.score else {}
+    masks_used = int(winner.metrics.get("masks_used", 0)) if winner else None
+    return LeaderboardRow(
+        category=result.category,
+        noise_sigma=winner.config["synthesis.noise_sigma"] if winner else None,
+        perlin_threshold=winner.config["synthesis.perlin_threshold"] if winner else None,
+        supervision_ratio=winner.config["train.supervision_ratio"] if winner else None,
+        validation_objective=winner.objective if winner else None,
+        default_objective=result.default.objective if result.default else None,
+        test_image_auroc=test.get("image_auroc"),
+        test_pixel_ap=test.get("pixel_ap"),
+        train_labels=masks_used,
+        train_masks=masks_used,
+        validation_labels=counts["validation"].defective,
+        validation_masks=counts["validation"].masks,
+        trials_complete=states.count("complete"),
+        trials_pruned=states.count("pruned"),
+        trials_failed=states.count("failed"),
+        duration_s=sum(t.duration_s for t in result.trials),
+        champion=f"{result.champion.name}/{result.champion.version}" if result.champion else None,
+    )
+
+
+def _category_dict(result: CategoryResult) -> dict[str, Any]:
+    winner, states = result.winner, [t.state for t in result.trials]
+
+    def validation(trial: TrialRecord | None) -> dict[str, Any] | None:
+        if trial is None:
+            return None
+        metrics = {k.removeprefix("val_"): v for k, v in trial.metrics.items() if k.startswith("val_")}
+        return {"objective": trial.objective, "epoch": trial.epoch, "state": trial.state, **metrics}
+
+    return {
+        "champion": None if result.champion is None else asdict(result.champion),
+        "run_id": result.run_id,
+        "params": None if winner is None else winner.params,
+        "masks_used": None if winner is None else winner.metrics.get("masks_used"),
+        "validation": validation(winner),
+        "default": validation(result.default),
+        "test": None if result.score is None else dict(result.score.metrics),
+        "test_undefined": None if result.score is None else dict(result.score.undefined),
+        "trials": {state: states.count(state) for state in ("complete", "pruned", "failed")},
+        "trials_duration_s": sum(t.duration_s for t in result.trials),
+        "failure": result.failure,
+    }
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -1,0 +1,194 @@
+"""Drives a tracker from the Tune driver: trials become child runs, and a restored sweep continues the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import cloudpickle
+from ray.tune import Callback
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
+
+from tuning.tracking.protocol import STATUS_OF_STATE, RunRecord, Sweep, Tracker, TrialInfo, TrialState, describe_trial
+
+if TYPE_CHECKING:
+    from ray.tune import Checkpoint
+    from ray.tune.experiment import Trial
+
+RESULT_KEYS_NOT_LOGGED = frozenset({*AUTO_RESULT_KEYS, *DEBUG_METRICS, "epoch", "done", "experiment_tag"})
+RESULT_TAGS = ("hardware", "hostname")
+"""Text in a trial's results that becomes a tag: where it ran, which on a cluster is not where the driver runs."""
+
+
+class TrackerCallback(Callback):
+    """Logs every trial of a sweep to a :class:`~tuning.tracking.protocol.Tracker`.
+
+    A trial's Tune config is ``{"trial_key", "category", "index", "config": flat dotted dict}`` and, optionally,
+    ``"stage"``. It is complete when its last epoch is ``train.epochs``, pruned when it was stopped earlier. The model
+    of a complete trial is in its last checkpoint.
+
+    Args:
+        tracker: Where to log; ``check()`` and ``start_sweep`` are the caller's, ``finish_sweep`` too, because a sweep
+            goes on (champions, test scores) after Tune is done.
+        sweep: What :meth:`Tracker.start_sweep` was given.
+    """
+
+    def __init__(self, tracker: Tracker, sweep: Sweep) -> None:
+        self.tracker = tracker
+        self.sweep = sweep
+        self._open_runs: dict[str, str] = {}  # Tune trial id -> run id
+        self._reconciled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune stores its callbacks as a sweep begins; a restored one finds its runs by key.
+        return {**self.__dict__, "_open_runs": {}, "_reconciled": False}
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """At the first step, end the runs of trials that Tune remembers as ended but whose runs are not.
+
+        That is the state of a sweep whose driver was killed between Tune's snapshot and the tracker's last write.
+        """
+        if self._reconciled:
+            return
+        self._reconciled = True
+        ended = [t for t in trials if t.status in ("TERMINATED", "ERROR")]
+        if not ended:
+            return
+        known = {r.run_key: r for r in self.tracker.find_runs(self.sweep.dataset, sweep_id=self.sweep.sweep_id)}
+        for trial in ended:
+            if not _is_closed(known.get(describe_trial(self.sweep, trial_info(trial)).run_key)):
+                self._finish(trial, failed=trial.status == "ERROR")
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._run_id(trial)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "epoch" in result:
+            tags = {key: str(result[key]) for key in RESULT_TAGS if key in result}
+            self.tracker.log_epoch(self._run_id(trial), int(result["epoch"]), epoch_metrics(result), tags=tags)
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
+    ) -> None:
+        """What a restored trial does not compute again must be in the tracker already."""
+        self.tracker.flush(self._run_id(trial))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._finish(trial, failed=False)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._finish(trial, failed=True)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Runs still open belong to trials that an interrupt cut short.
+
+        Tune marks those TERMINATED, as if they had ended by themselves, without calling :meth:`on_trial_complete`.
+        """
+        for run_id in self._open_runs.values():
+            self.tracker.finish_trial(run_id, "INTERRUPTED")
+        self._open_runs.clear()
+        self.tracker.flush()
+
+    def _run_id(self, trial: Trial) -> str:
+        if trial.trial_id not in self._open_runs:
+            self._open_runs[trial.trial_id] = self.tracker.start_trial(self.sweep, trial_info(trial))
+        return self._open_runs[trial.trial_id]
+
+    def _finish(self, trial: Trial, *, failed: bool) -> None:
+        run_id = self._run_id(trial)
+        if failed:
+            self.tracker.finish_trial(run_id, "FAIL", error=trial_error(trial))
+        elif not reached_last_epoch(trial):
+            self.tracker.finish_trial(run_id, "PRUNED")
+        else:
+            with model_folder(trial) as folder:
+                self.tracker.finish_trial(run_id, "COMPLETE", artifact_dir=folder)
+        del self._open_runs[trial.trial_id]
+
+
+def trial_info(trial: Trial) -> TrialInfo:
+    """What the tracker needs to know of a Tune trial."""
+    config = trial.config
+    return TrialInfo(
+        category=config["category"],
+        trial_key=config["trial_key"],
+        index=config["index"],
+        config=config["config"],
+        stage=config.get("stage", "search"),
+    )
+
+
+def reached_last_epoch(trial: Trial) -> bool:
+    """Whether the trial had its full budget of epochs."""
+    return int(trial.last_result.get("epoch", 0)) >= int(trial.config["config"]["train.epochs"])
+
+
+def epoch_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The trial's own numbers, without those that Tune adds but for the time it took; undefined metrics are absent."""
+    own = {key: value for key, value in result.items() if key not in RESULT_KEYS_NOT_LOGGED and key[:2] != "__"}
+    if "time_total_s" in result:
+        own["elapsed_s"] = result["time_total_s"]
+    return {
+        key: float(value)
+        for key, value in own.items()
+        if isinstance(value, numbers.Real) and not isinstance(value, bool)
+    }
+
+
+def trial_error(trial: Trial) -> str:
+    """One line that says why a trial failed: the message of the exception that its own code raised."""
+    error = _load_error(trial)
+    while getattr(error, "cause", None) is not None:  # RayTaskError
+        error = error.cause  # type: ignore[union-attr]
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    if not lines:
+        return "the trial failed without an error message; see its folder in the sweep's storage"
+    # What crossed process borders as text is a whole traceback, whose last line names the exception itself.
+    if isinstance(error, str) or lines[0].startswith("Traceback") or len(lines) > 3:
+        return lines[-1]
+    return f"{type(error).__name__}: {' '.join(lines)}"
+
+
+def _load_error(trial: Trial) -> BaseException | str | None:
+    """The exception, or its text, that Tune kept of a trial's last failure.
+
+    Tune writes it beside the driver and copies it to the sweep's storage later than it calls back.
+    """
+    if trial.pickled_error_file and Path(trial.pickled_error_file).exists():
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        return error
+    if trial.error_file and Path(trial.error_file).exists():
+        return Path(trial.error_file).read_text()
+    return trial.get_pickled_error() or trial.get_error()
+
+
+@contextlib.contextmanager
+def model_folder(trial: Trial) -> Iterator[Path]:
+    """The local folder with a complete trial's model files, downloaded for the time being where it is remote.
+
+    Ray Train inside a trial hands only its checkpoint's path to Tune, in the result's ``checkpoint_path``.
+    """
+    from ray.tune import Checkpoint
+
+    checkpoint = trial.checkpoint
+    if checkpoint is None:
+        path = trial.last_result.get("checkpoint_path")
+        if not path:
+            raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
+        checkpoint = Checkpoint(path)
+    with checkpoint.as_directory() as folder:
+        nested = Path(folder) / "model"
+        yield nested if nested.is_dir() else Path(folder)
+
+
+def _is_closed(record: RunRecord | None) -> bool:
+    """Whether a run says how its trial ended; an interrupted one does not."""
+    if record is None or record.trial_state in (None, "INTERRUPTED"):
+        return False
+    state: TrialState = record.trial_state  # type: ignore[assignment]
+    return record.status == STATUS_OF_STATE[state]

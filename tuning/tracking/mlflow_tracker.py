@@ -1,0 +1,422 @@
+"""MLflow behind the tracker protocol.
+
+One MLflow experiment per dataset. Only the Tune driver talks to MLflow, through an explicit client: no global active
+run and no ``mlflow.set_tracking_uri``, so that nothing of it leaks into workers or into the caller's own MLflow code.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+from ssn.errors import SSNError
+from tuning.tracking.protocol import (
+    MODEL_ARTIFACT_PATH,
+    STATUS_OF_STATE,
+    TRIAL_MODEL_FILES,
+    RunRecord,
+    RunSpec,
+    RunStatus,
+    Sweep,
+    TrialInfo,
+    TrialState,
+    describe_parent,
+    describe_trial,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+_T = TypeVar("_T")
+
+PARENT_RUN_TAG = "mlflow.parentRunId"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's pages open with training runs and their charts, not with those for language models."""
+PROBE_TIMEOUT_S = 5
+FLUSH_INTERVAL_S = 2.0
+"""Metrics wait at most this long, so that short epochs of many trials do not stall the driver with one request each."""
+
+# Limits of one log-batch request (MLflow REST API).
+MAX_METRICS_PER_BATCH = 1000
+MAX_ENTRIES_PER_BATCH = 100
+MAX_PARAM_LENGTH = 6000
+MAX_TAG_LENGTH = 5000
+
+
+def default_tracking_uri(directory: Path) -> str:
+    """The SQLite database under ``directory`` that is used when no server is named."""
+    return f"sqlite:///{directory.resolve()}/mlflow.db"
+
+
+def ui_command(tracking_uri: str, port: int = 5000) -> str | None:
+    """The command that shows a local store in a browser; None for a server, which has its own address."""
+    if urlsplit(tracking_uri).scheme in ("http", "https"):
+        return None
+    return f"mlflow ui --backend-store-uri {absolute_uri(tracking_uri)} --port {port}"
+
+
+def absolute_uri(tracking_uri: str) -> str:
+    """``tracking_uri`` with a relative SQLite path made absolute, so that it means the same from any folder."""
+    path = sqlite_path(tracking_uri)
+    return tracking_uri if path is None else f"sqlite:///{path}"
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """The database file of a SQLite URI, or None."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return Path(tracking_uri.removeprefix("sqlite:///")).absolute()
+
+
+def open_client(tracking_uri: str) -> MlflowClient:
+    """A client for tracking and registry at one URI, with MLflow's chatter silenced.
+
+    Opening a new SQLite database creates its tables, which two processes must not do at once.
+
+    Raises:
+        SSNError: MLflow does not know this kind of URI, or the database is of another MLflow version.
+    """
+    # Read as MLflow is imported. Its usage statistics go to the internet, which many a factory network cuts
+    # off; whoever wants them sets the variable.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    uri = absolute_uri(tracking_uri)
+    with warnings.catch_warnings(), explained(uri):
+        # SQLAlchemy's deprecation of what MLflow's own tables still use: nothing that a user of this project can mend.
+        warnings.simplefilter("ignore")
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def explained(tracking_uri: str) -> Iterator[None]:
+    """Say in one line what a user can mend about the tracking store; bugs pass with their traceback."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = one_line(error)
+        if text.startswith("API request to"):
+            raise SSNError(
+                f"MLflow at {tracking_uri} does not answer ({text}); start it, mend the address, or leave the tracking "
+                "URI out to use a local SQLite file"
+            ) from error
+        if "out-of-date database schema" in text:
+            raise SSNError(
+                f"{tracking_uri} was written by another MLflow version; run: mlflow db upgrade {tracking_uri}"
+            ) from error
+        if isinstance(error, UnsupportedModelRegistryStoreURIException) or "filesystem tracking backend" in text:
+            raise SSNError(
+                f"MLflow cannot keep runs at {tracking_uri!r}; give http(s)://host:port or sqlite:////absolute/mlflow.db"
+            ) from error
+        raise
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's message on one line, cut at ``limit`` characters; the type's name where it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def _quick_to_fail() -> Iterator[None]:
+    """MLflow's HTTP requests give up after seconds instead of its minutes of retries."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_TIMEOUT_S)}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class MLflowTracker:
+    """See :class:`tuning.tracking.protocol.Tracker`.
+
+    Args:
+        tracking_uri: Any MLflow tracking URI: a server, or ``sqlite:///<path>``.
+        artifact_root: Folder or URI under which new experiments keep their artifacts, one subfolder per dataset. By
+            default ``mlruns`` beside a SQLite database, and whatever the server decides otherwise.
+    """
+
+    def __init__(self, tracking_uri: str, *, artifact_root: str | None = None) -> None:
+        self.tracking_uri = absolute_uri(tracking_uri)
+        database = sqlite_path(tracking_uri)
+        if artifact_root is None and database is not None:
+            artifact_root = (database.parent / "mlruns").as_uri()
+        elif artifact_root is not None and "://" not in artifact_root:
+            artifact_root = Path(artifact_root).absolute().as_uri()
+        self.artifact_root = artifact_root
+        self._forget()
+
+    def _forget(self) -> None:
+        self._client_or_none: MlflowClient | None = None
+        self._experiment_ids: dict[str, str] = {}
+        self._run_ids: dict[str, dict[str, str]] = {}  # sweep id -> run key -> run id
+        self._last_epochs: dict[str, int] = {}
+        self._pending: dict[str, _Pending] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return {"tracking_uri": self.tracking_uri, "artifact_root": self.artifact_root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client, opened at first use."""
+        if self._client_or_none is None:
+            self._client_or_none = open_client(self.tracking_uri)
+        return self._client_or_none
+
+    def check(self) -> None:
+        database = sqlite_path(self.tracking_uri)
+        if database is not None:
+            _check_sqlite(database)
+        with _quick_to_fail(), explained(self.tracking_uri):
+            self.client.search_experiments(max_results=1)
+
+    def start_sweep(self, sweep: Sweep) -> dict[str, str]:
+        with explained(self.tracking_uri):
+            return {c: self._open(sweep, describe_parent(sweep, c), parent=None) for c in sweep.categories}
+
+    def start_trial(self, sweep: Sweep, trial: TrialInfo) -> str:
+        from mlflow.entities import Param
+
+        with explained(self.tracking_uri):
+            parent_spec = describe_parent(sweep, trial.category)
+            parent = self._known_runs(sweep).get(parent_spec.run_key) or self._open(sweep, parent_spec, parent=None)
+            run_id = self._open(sweep, describe_trial(sweep, trial), parent=parent)
+            run = self.client.get_run(run_id)
+            for tag in ("trial_state", "error"):
+                if tag in run.data.tags:
+                    self.client.delete_tag(run_id, tag)
+            # A driver that died between the run's creation and this request left it without parameters.
+            missing = [
+                Param(key, str(value)[:MAX_PARAM_LENGTH])
+                for key, value in trial.config.items()
+                if key not in run.data.params
+            ]
+            for batch in _batches(missing, MAX_ENTRIES_PER_BATCH):
+                self.client.log_batch(run_id, params=batch)
+            self._last_epochs[run_id] = int(run.data.metrics.get("epoch", 0))
+            return run_id
+
+    def _open(self, sweep: Sweep, spec: RunSpec, *, parent: str | None) -> str:
+        known = self._known_runs(sweep)
+        if spec.run_key in known:
+            self.client.update_run(known[spec.run_key], status="RUNNING")
+            return known[spec.run_key]
+        tags = {key: value[:MAX_TAG_LENGTH] for key, value in spec.tags.items()}
+        # The names under which MLflow's own pages show parent, user, source and commit.
+        tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": "tuning", "mlflow.source.type": "LOCAL"}
+        if "git_commit" in tags:
+            tags["mlflow.source.git.commit"] = tags["git_commit"]
+        if parent is not None:
+            tags[PARENT_RUN_TAG] = parent
+        run = self.client.create_run(self._experiment_id(sweep.dataset), tags=tags, run_name=spec.name)
+        known[spec.run_key] = run.info.run_id
+        return cast(str, run.info.run_id)
+
+    def _known_runs(self, sweep: Sweep) -> dict[str, str]:
+        """Run key -> run id of a sweep, read once: this process is the only one that adds to it."""
+        if sweep.sweep_id not in self._run_ids:
+            records = self.find_runs(sweep.dataset, sweep_id=sweep.sweep_id)
+            self._run_ids[sweep.sweep_id] = {record.run_key: record.run_id for record in records}
+        return self._run_ids[sweep.sweep_id]
+
+    def _experiment_id(self, dataset: str) -> str:
+        if dataset not in self._experiment_ids:
+            experiment = self.client.get_experiment_by_name(dataset)
+            if experiment is None:
+                location = None if self.artifact_root is None else f"{self.artifact_root}/{dataset}"
+                self._experiment_ids[dataset] = self.client.create_experiment(
+                    dataset, artifact_location=location, tags=EXPERIMENT_TAGS
+                )
+            elif experiment.lifecycle_stage == "deleted":
+                raise SSNError(
+                    f"experiment {dataset!r} is deleted at {self.tracking_uri}; restore it with: "
+                    f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+                )
+            else:
+                self._experiment_ids[dataset] = experiment.experiment_id
+        return self._experiment_ids[dataset]
+
+    def log_epoch(
+        self, run_id: str, epoch: int, metrics: Mapping[str, float], *, tags: Mapping[str, str] | None = None
+    ) -> None:
+        from mlflow.entities import Metric
+
+        if epoch <= self._last_epochs.get(run_id, 0):
+            return
+        self._last_epochs[run_id] = epoch
+        pending = self._pending.setdefault(run_id, _Pending())
+        now_ms = int(time.time() * 1000)
+        pending.metrics += [Metric(k, float(v), now_ms, epoch) for k, v in {**metrics, "epoch": epoch}.items()]
+        pending.tags |= tags or {}
+        if len(pending.metrics) >= MAX_METRICS_PER_BATCH or time.monotonic() - pending.since_s >= FLUSH_INTERVAL_S:
+            self.flush(run_id)
+
+    def flush(self, run_id: str | None = None) -> None:
+        from mlflow.entities import RunTag
+
+        for each in [run_id] if run_id is not None else list(self._pending):
+            pending = self._pending.get(each)
+            if pending is None:
+                continue
+            with explained(self.tracking_uri):
+                for metrics in _batches(pending.metrics, MAX_METRICS_PER_BATCH):
+                    self.client.log_batch(each, metrics=metrics)
+                if pending.tags:
+                    tags = [RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in pending.tags.items()]
+                    self.client.log_batch(each, tags=tags)
+            del self._pending[each]
+
+    def finish_trial(
+        self, run_id: str, state: TrialState, *, error: str | None = None, artifact_dir: Path | None = None
+    ) -> None:
+        if state == "COMPLETE" and artifact_dir is None:
+            raise ValueError("a complete trial has a model to log")
+        self.flush(run_id)
+        with explained(self.tracking_uri):
+            if artifact_dir is not None:
+                for name in TRIAL_MODEL_FILES:
+                    self.client.log_artifact(run_id, str(artifact_dir / name), MODEL_ARTIFACT_PATH)
+            if error is not None:
+                self.client.set_tag(run_id, "error", error[:MAX_TAG_LENGTH])
+            self.client.set_tag(run_id, "trial_state", state)
+            self.client.set_terminated(run_id, STATUS_OF_STATE[state])
+
+    def log_summary(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        files: Sequence[Path] = (),
+        artifact_path: str | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        now_ms = int(time.time() * 1000)
+        with explained(self.tracking_uri):
+            self.client.log_batch(
+                run_id,
+                metrics=[Metric(key, float(value), now_ms, 0) for key, value in (metrics or {}).items()],
+                tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in (tags or {}).items()],
+            )
+            for file in files:
+                self.client.log_artifact(run_id, str(file), artifact_path)
+
+    def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED") -> None:
+        self.flush()
+        for record in self.find_runs(sweep.dataset, sweep_id=sweep.sweep_id):
+            if record.parent_run_id is None:
+                with explained(self.tracking_uri):
+                    self.client.set_terminated(record.run_id, status)
+            elif record.status == "RUNNING":
+                self.finish_trial(record.run_id, "INTERRUPTED")
+
+    def find_runs(self, dataset: str, *, sweep_id: str | None = None, category: str | None = None) -> list[RunRecord]:
+        wanted = {"sweep_id": sweep_id, "category": category}
+        clauses = [f"tags.{key} = {_quote(value)}" for key, value in wanted.items() if value is not None]
+        # Runs that others logged into an experiment of the same name have no run key, and are left alone.
+        query = " AND ".join(["tags.run_key LIKE '%/%'", *clauses])
+        records: list[RunRecord] = []
+        with explained(self.tracking_uri):
+            experiment = self.client.get_experiment_by_name(dataset)
+            if experiment is None:
+                return []
+            token = None
+            while True:
+                page = self.client.search_runs(
+                    [experiment.experiment_id],
+                    query,
+                    order_by=["attributes.start_time ASC"],
+                    max_results=1000,
+                    page_token=token,
+                )
+                records += [_to_record(run) for run in page]
+                token = page.token
+                if not token:
+                    return records
+
+    def metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        self.flush(run_id)
+        with explained(self.tracking_uri):
+            return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
+
+    def list_artifacts(self, run_id: str, path: str = MODEL_ARTIFACT_PATH) -> list[str]:
+        with explained(self.tracking_uri):
+            return sorted(item.path for item in self.client.list_artifacts(run_id, path) if not item.is_dir)
+
+
+class _Pending:
+    """Metrics and tags of one run that are not yet written."""
+
+    def __init__(self) -> None:
+        self.since_s = time.monotonic()
+        self.metrics: list[Metric] = []
+        self.tags: dict[str, str] = {}
+
+
+def _check_sqlite(database: Path) -> None:
+    """Prove that a SQLite file can be written to; MLflow itself retries for minutes where it cannot."""
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(database, timeout=PROBE_TIMEOUT_S)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.rollback()
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        raise SSNError(
+            f"tracking database {database} cannot be written ({one_line(error)}); give another with --tracking-uri"
+        ) from error
+
+
+def _to_record(run: Run) -> RunRecord:
+    tags = dict(run.data.tags)
+    return RunRecord(
+        run_id=run.info.run_id,
+        run_key=tags["run_key"],
+        name=run.info.run_name,
+        parent_run_id=tags.get(PARENT_RUN_TAG),
+        status=cast(RunStatus, run.info.status),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        tags=tags,
+    )
+
+
+def _quote(value: str) -> str:
+    if "'" in value:
+        return f'"{value}"'
+    return f"'{value}'"
+
+
+def _batches(items: list[_T], size: int) -> Iterator[list[_T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,178 @@
+"""Where a trial runs: in Tune's own trial process, or in a Ray Train worker group that the trial starts.
+
+Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A group's
+driver does nothing but wait, so it asks for next to no CPU; one that held a CPU would keep it from its own workers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssn.config import unflatten
+from tuning.feature_store import feature_key, get_features
+from tuning.objective import TrialContext, build_features, run_trial, use_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pyarrow.fs
+
+    from ssn.features import CategoryFeatures
+
+MODEL_FOLDER = "model"
+"""Folder of a Tune or Train checkpoint that holds ours."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a trial is placed on the cluster."""
+
+    num_workers: int
+    """Ray Train workers; 0: the trial's own process trains."""
+    use_gpu: bool
+    cpus: float
+    """Of each worker, or of the one process."""
+    gpus: float
+    """Likewise; 0 without GPUs."""
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Resources of each worker, or of the one process."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What trials need beside their configuration; it is put into the object store once."""
+
+    contexts: Mapping[str, TrialContext]
+    """By category."""
+    data_uri: str
+    weights_digest: str
+    store_name: str
+    """Of the feature store's actor."""
+    namespace: str
+    placement: Placement
+    storage_path: str
+    """Where worker groups keep their checkpoints."""
+    storage_filesystem: pyarrow.fs.FileSystem | None
+
+
+def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
+    """Tune trainable that trains in its own process."""
+    from ray import tune
+
+    def report(result: dict[str, Any], save: Any) -> None:
+        if save is None:
+            tune.report(result)
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+            save(Path(folder, MODEL_FOLDER))
+            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    _train(trial, setup, report=report, checkpoint=tune.get_checkpoint(), device=_local_device(setup))
+
+
+def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
+    """Tune trainable that starts a Ray Train worker group and waits for it.
+
+    The group's run is named after the trial, so that it resumes by itself from its own last checkpoint.
+    """
+    from ray import train, tune
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    placement = setup.placement
+    TorchTrainer(
+        _train_in_worker,
+        train_loop_config={"trial": dict(trial), "setup": setup},
+        scaling_config=train.ScalingConfig(
+            num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
+        ),
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        run_config=train.RunConfig(
+            name=tune.get_context().get_trial_id(),
+            storage_path=setup.storage_path,
+            storage_filesystem=setup.storage_filesystem,
+            # Train's second version, which ray.train is at run time and not yet for type checkers
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            # a controller that may fail for ever never tells Tune that its trial has failed
+            failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=0),  # type: ignore[call-arg]
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+        ),
+    ).fit()
+
+
+def _train_in_worker(config: dict[str, Any]) -> None:
+    from ray import train
+    from ray.train.torch import get_device
+
+    def report(result: dict[str, Any], save: Any) -> None:
+        if save is None:
+            train.report(result)
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+            save(Path(folder, MODEL_FOLDER))
+            train.report(result, checkpoint=train.Checkpoint.from_directory(folder))
+
+    _train(
+        config["trial"],
+        config["setup"],
+        report=report,
+        checkpoint=train.get_checkpoint(),
+        device=str(get_device()),
+    )
+
+
+def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: Any, checkpoint: Any, device: str) -> None:
+    use_threads(setup.placement.cpus)
+    context = setup.contexts[trial["category"]]
+    with _checkpoint_folder(checkpoint) as resume_from:
+        run_trial(
+            trial,
+            context,
+            _load_features(trial, setup, context, device),
+            report=report,
+            resume_from=resume_from,
+            device=device,
+        )
+
+
+def _load_features(
+    trial: Mapping[str, Any], setup: WorkerSetup, context: TrialContext, device: str
+) -> CategoryFeatures:
+    import ray
+
+    key = feature_key(
+        unflatten(trial["config"]),
+        data_uri=setup.data_uri,
+        category=trial["category"],
+        search_fingerprint=context.data.info.search_fingerprint,
+        weights_digest=setup.weights_digest,
+    )
+    store = ray.get_actor(setup.store_name, namespace=setup.namespace)
+    return get_features(
+        store,
+        key,
+        lambda budget_bytes, alive: build_features(
+            trial["config"], context.data, device=device, budget_bytes=budget_bytes, alive=alive
+        ),
+    )
+
+
+def _local_device(setup: WorkerSetup) -> str:
+    return "cuda" if setup.placement.use_gpu else "cpu"
+
+
+@contextmanager
+def _checkpoint_folder(checkpoint: Any) -> Iterator[Path | None]:
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder, MODEL_FOLDER)

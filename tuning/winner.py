@@ -1,0 +1,100 @@
+"""What is known of a trial, and which trial of a category wins."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ssn.errors import SSNError
+
+RecordState = Literal["running", "complete", "pruned", "failed"]
+
+
+@dataclass
+class TrialRecord:
+    """One trial of one category, as the search sees it: validation only, nothing of the test split."""
+
+    trial_id: str
+    """Ray Tune's id."""
+    trial_key: str
+    """Identity (:func:`ssn.config.trial_identity`): equal keys compute the same thing."""
+    category: str
+    index: int
+    """Position within the category; 0 is the untouched default configuration."""
+    number: int
+    """Number of the trial in the category's Optuna study."""
+    max_epochs: int
+    """The full budget."""
+    config: dict[str, Any]
+    """Flat, dotted keys."""
+    params: dict[str, Any]
+    """The searched part of ``config``."""
+    state: RecordState = "running"
+    epoch: int = 0
+    """Last epoch reported; the first is 1."""
+    objectives: dict[int, float] = field(default_factory=dict)
+    """Objective by epoch, at the epochs that reported one (the rungs and the last)."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The last result that was reported, whole."""
+    failure: str | None = None
+    """Why a failed trial failed."""
+
+    @property
+    def objective(self) -> float | None:
+        """The objective at the last epoch that reported one; the last epoch counts, never the best."""
+        return self.objectives[max(self.objectives)] if self.objectives else None
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds the trial trained and validated for, so far."""
+        return float(self.metrics.get("duration_s", self.metrics.get("time_total_s", 0.0)))
+
+
+def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
+    """The trial of one category with the highest objective at full budget.
+
+    Ties go to the higher validation image AP, then to the lower validation loss, then to the shorter duration; a trial
+    that lacks one of these loses the tie. What is left is decided by the lower index, so that the choice does not
+    depend on the order in which trials finished.
+
+    Raises:
+        SSNError: no trial qualifies; the message says what became of them.
+    """
+    complete = [t for t in trials if t.state == "complete" and t.objective is not None]
+    if not complete:
+        raise SSNError(_why_none(trials))
+
+    def rank(trial: TrialRecord) -> tuple[float, float, float, float, float]:
+        assert trial.objective is not None
+        return (
+            -trial.objective,
+            -_finite(trial.metrics.get("val_image_ap"), -math.inf),
+            _finite(trial.metrics.get("val_loss"), math.inf),
+            trial.duration_s,
+            trial.index,
+        )
+
+    return min(complete, key=rank)
+
+
+def _finite(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
+
+
+def _why_none(trials: Sequence[TrialRecord]) -> str:
+    if not trials:
+        return "no winner: no trial was started"
+    category, epochs = trials[0].category, trials[0].max_epochs
+    states = Counter(t.state for t in trials)
+    counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
+    failures = [t for t in trials if t.failure]
+    if states["running"]:
+        way_out = "resume the sweep"
+    elif failures:
+        way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and resume the sweep"
+    else:
+        way_out = "raise the number of trials or the epochs before the first rung"
+    return f"{category}: no winner, because no trial has finished its {epochs} epochs ({counted}); {way_out}"
