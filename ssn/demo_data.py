@@ -176,7 +176,7 @@ def _woven(rng: np.random.Generator, side: int) -> Surface:
     p, q = u / pitch + 64 + rng.uniform(0, 1), v / pitch + 64 + rng.uniform(0, 1)
     column, row = np.floor(p).astype(int), np.floor(q).astype(int)
     fp, fq = p - column, q - row
-    thread_tone = rng.normal(1.0, rng.uniform(0.02, 0.09), (2, 128))  # yarn is never quite even
+    thread_tone = rng.normal(1.0, rng.uniform(0.02, 0.07), (2, 128))  # yarn is never quite even
     fibre_warp, fibre_weft = _streaks(rng, v, u, 0.9, 9.0), _streaks(rng, u, v, 0.9, 9.0)
 
     def thread(across: Array, along: Array, tone: Array, fibre: Array) -> Array:
@@ -200,7 +200,7 @@ def _missing_thread(rng: np.random.Generator, surface: Surface) -> Defect:
     row = np.floor(surface.v_HW[here] / surface.pitch)
     reach = rng.uniform(18, 40)
     within = _smoothstep((reach - np.abs(surface.u_HW - surface.u_HW[here])) / 2.5 + 0.5)
-    width = rng.integers(1, 4)  # threads pulled side by side
+    width = rng.integers(2, 4)  # threads pulled side by side
     across = np.abs(surface.v_HW / surface.pitch - row - width / 2)
     alpha = within * _smoothstep((width / 2 + 0.12 - across) / 0.15)
     assert surface.ladder_HW3 is not None
@@ -211,10 +211,10 @@ def _slub(rng: np.random.Generator, surface: Surface) -> Defect:
     """A thick lump of yarn lying on the weave: smooth, light, with a shadow side."""
     side = surface.u_HW.shape[0]
     heading = rng.uniform(0, 2 * np.pi)
-    steps = int(rng.uniform(36, 80))
+    steps = int(rng.uniform(52, 90))
     path = _walk(rng, _centre(rng, 34.0), heading, steps, 0.06)
     taper = np.sin(np.linspace(0.15, np.pi - 0.15, steps))
-    alpha = _stroke(side, path, rng.uniform(3.6, 5.4) * taper, 0.8)
+    alpha = _stroke(side, path, rng.uniform(4.6, 6.2) * taper, 0.8)
     gy, gx = np.gradient(ndimage.gaussian_filter(alpha, 2.0))
     relief = gx * np.cos(heading + 1.2) + gy * np.sin(heading + 1.2)
     tone = 0.78 + 1.4 * relief + 0.05 * _smooth_noise(rng, side, 1.2)
@@ -242,10 +242,10 @@ def _brushed(rng: np.random.Generator, side: int) -> Surface:
     fine, broad = _streaks(rng, u, v, 0.7, rng.uniform(30, 90)), _streaks(rng, u, v, 2.6, rng.uniform(60, 160))
     roughness = rng.uniform(0.85, 1.15)
     tone = 0.5 + roughness * (0.075 * fine + 0.03 * broad) + 0.02 * _smooth_noise(rng, side, 0.8)
-    for _ in range(rng.integers(2, 6)):  # single coarse bristles: harmless, and as strong as a scratch
+    for _ in range(rng.integers(2, 8)):  # single coarse bristles: harmless, and as strong as a scratch
         line = np.abs(v - rng.uniform(-60, 60)) / rng.uniform(0.5, 1.3)
         broken = _smoothstep(1.2 + _streaks(rng, u, v, 8.0, 60.0))
-        tone = tone + rng.choice([-1, 1]) * rng.uniform(0.30, 0.50) * np.exp(-(line**2)) * broken
+        tone = tone + rng.choice([-1, 1]) * rng.uniform(0.34, 0.54) * np.exp(-(line**2)) * broken
     return Surface(_colour(np.clip(tone, 0, 1).astype(np.float32), *_METAL), u, v)
 
 
@@ -281,7 +281,7 @@ def _contamination(rng: np.random.Generator, surface: Surface) -> Defect:
     """Specks and a smear of foreign matter that hides the surface under it."""
     side = surface.u_HW.shape[0]
     alpha = _blob(rng, side, radius=(11, 16), ragged=0.2, edge=0.18)
-    glue, rust = np.array([0.80, 0.71, 0.50], np.float32), np.array([0.47, 0.32, 0.22], np.float32)
+    glue, rust = np.array([0.78, 0.71, 0.54], np.float32), np.array([0.46, 0.34, 0.26], np.float32)
     grain = 1 + 0.06 * _smooth_noise(rng, side, 1.6)
     matter = (glue if rng.random() < 0.5 else rust) * (rng.uniform(0.9, 1.1) * grain)[..., None]
     return Defect(alpha, matter.astype(np.float32))
@@ -299,11 +299,14 @@ def _speckled(rng: np.random.Generator, side: int) -> Surface:
     tone = 0.52 + 0.035 * _smooth_noise(rng, side, 1.0) + 0.03 * _smooth_noise(rng, side, 7.0)
     warmth = np.zeros_like(tone)
     density, spread, feldspar = rng.uniform(0.9, 1.1), rng.uniform(0.8, 1.2), rng.uniform(0.1, 0.5)
+    striking = rng.uniform(0.03, 0.36)  # share of very dark or light grains: moves the contrast, but not the extremes
     for spacing, radius, ragged in ((7.0, 2.0, 0.4), (4.2, 1.0, 0.2)):
         count = int(density * (NOMINAL_SIDE + 16) ** 2 / spacing**2)
         centres = rng.uniform(-8, NOMINAL_SIDE + 8, (count, 2))
         radii = radius * rng.lognormal(0, 0.28, count)
-        strength = np.where(rng.random(count) < 0.15, rng.uniform(0.32, 0.46, count), rng.uniform(0.04, 0.16, count))
+        strength = np.where(
+            rng.random(count) < striking, rng.uniform(0.32, 0.46, count), rng.uniform(0.04, 0.16, count)
+        )
         tones = 0.5 + spread * rng.choice([-1.0, 1.0], count, p=[0.55, 0.45]) * strength
         distance, nearest = cKDTree(centres).query(pixels)
         distance = distance.reshape(side, side) + ragged * _smooth_noise(rng, side, 1.8)
@@ -421,8 +424,8 @@ def generate(
     seed: int = 0,
     size: int = 128,
     train_normals: int = 40,
-    test_normals: int = 20,
-    test_defects: int = 30,
+    test_normals: int = 30,
+    test_defects: int = 60,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Write the dataset below ``out``; the same arguments always write the same bytes.

@@ -45,6 +45,11 @@ BLUR_KERNEL = 25
 CPU_CHANNEL_SLICE = 128
 
 
+# The number of noisy rows differs from step to step. oneDNN compiles a kernel for every shape of a bfloat16 product and
+# keeps a thousand of them: with few different shapes, memory stays flat and no time goes into compiling.
+ROW_MULTIPLE = 256
+
+
 class Noise(NamedTuple):
     """Synthetic anomalies of one step, at the positions where there are any.
 
@@ -414,8 +419,8 @@ class SuperSimpleNet(nn.Module):
             Map logits [2B, H, W] and score logits [2B]. Batch-norm buffers are updated.
         """
         r = self.resampling(features_BhwC)
-        noise_NC = noise.rows_NC.to(noise_dtype)
-        seg_noise_ND = (noise_NC @ self.seg_conv.weight.flatten(1).to(noise_dtype).T).float()
+        noise_NC = _pad_rows(noise.rows_NC.to(noise_dtype))
+        seg_noise_ND = (noise_NC @ self.seg_conv.weight.flatten(1).to(noise_dtype).T)[: len(noise.index_N)].float()
         fold_DC, bias_D = self._seg_fold()
         map_VHW, mean_D, var_D = _SegmentationTraining.apply(
             fold_DC,
@@ -559,7 +564,8 @@ class _NoisyConvolution(torch.autograd.Function):
         weight = kernel_25EC.to(noise_NC.dtype)
         for dy in range(CLS_KERNEL):  # a row of taps at a time: [N, 5 * E] instead of [N, 25 * E]
             taps = slice(dy * CLS_KERNEL, (dy + 1) * CLS_KERNEL)
-            rows = (noise_NC @ weight[taps].flatten(0, 1).T).to(frame.dtype).unflatten(1, (CLS_KERNEL, channels))
+            rows = (noise_NC @ weight[taps].flatten(0, 1).T)[: len(index_N)].to(frame.dtype)
+            rows = rows.unflatten(1, (CLS_KERNEL, channels))
             for dx in range(CLS_KERNEL):
                 frame.index_add_(0, framed_N + shifts[dy][dx], rows[:, dx])
         ctx.save_for_backward(noise_NC, framed_N)
@@ -579,9 +585,14 @@ class _NoisyConvolution(torch.autograd.Function):
         flat = frame.flatten(0, 2)
         kernel_grads = []
         for dy in range(CLS_KERNEL):
-            rows = torch.cat([flat[framed_N + shift] for shift in ctx.shifts[dy]], dim=1)
+            rows = _pad_rows(torch.cat([flat[framed_N + shift] for shift in ctx.shifts[dy]], dim=1))
             kernel_grads.append((rows.T @ noise_NC).unflatten(0, (CLS_KERNEL, channels)))
         return grad_VPE, torch.cat(kernel_grads).to(grad_VPE.dtype), None, None, None
+
+
+def _pad_rows(x_NC: Tensor) -> Tensor:
+    """Append rows of zeros up to a multiple of ``ROW_MULTIPLE``; they add nothing to any product."""
+    return F.pad(x_NC, (0, 0, 0, -len(x_NC) % ROW_MULTIPLE))
 
 
 def _frame(index_N: Tensor, views: int, size_HW: Size) -> tuple[Tensor, list[list[int]], tuple[int, int, int]]:

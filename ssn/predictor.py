@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssn.backbone import Backbone
@@ -131,15 +131,28 @@ def _decode(image: ImageLike, index: int) -> tuple[np.ndarray, str]:
     if isinstance(image, bytes):
         return decode_image(image, source=source), source
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return decode_image(buffer.getvalue(), source=source), source
+        return _decode_picture(image, source), source
     array = np.asarray(image)
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise SSNError(f"{source} is {array.dtype} {array.shape}, but must be uint8 [H, W, 3] or [H, W]")
     return array, source
+
+
+def _decode_picture(image: Image.Image, source: str) -> np.ndarray:
+    """What ``decode_image`` makes of the file that a picture was opened from, its EXIF orientation included."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except OSError as error:  # opened, but not yet read
+        raise SSNError(f"{source} is corrupt ({error}); replace or remove it") from error
+    if upright.mode == "F":
+        raise SSNError(f"{source} holds floating-point pixels; convert it to 8 or 16 bits")
+    if not upright.mode.startswith("I"):
+        return np.array(upright.convert("RGB"))
+    buffer = io.BytesIO()
+    upright.convert("I;16").save(buffer, format="PNG")
+    return decode_image(buffer.getvalue(), source=source)
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:

@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ssn.bundle import write_bundle
 from ssn.checkpoint import META_FILE, load_checkpoint
 from ssn.config import Config
+from ssn.data.preprocess import decode_image
 from ssn.data.reader import open_search_data, open_test_data
 from ssn.data.records import SEARCH_SPLITS
 from ssn.engine import EpochReport, fit
@@ -123,8 +121,7 @@ def predict(
         row = {"path": str(path), "score": prediction.score, "map_max": float(prediction.map_HW.max())}
         if heatmaps is not None:
             target = heatmaps / name
-            with Image.open(path) as image:
-                save_overlay(target, np.asarray(image.convert("RGB")), prediction.map_HW)
+            save_overlay(target, decode_image(path.read_bytes(), source=str(path)), prediction.map_HW)
             row["heatmap"] = str(target)
         rows.append(row)
         if on_progress is not None:
@@ -133,6 +130,13 @@ def predict(
 
 
 def unique_names(paths: Sequence[Path]) -> list[Path]:
-    """One PNG name per image, relative to the folder all images share, so that equal file names do not collide."""
+    """One PNG name per image, relative to the folder all images share, so that equal file names do not collide.
+
+    Where two images differ in their suffix alone, all names keep theirs: ``a.jpg.png`` beside ``a.bmp.png``.
+    """
     common = Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else Path()
-    return [path.absolute().relative_to(common).with_suffix(".png") for path in paths]
+    relative = [path.absolute().relative_to(common) for path in paths]
+    names = [path.with_suffix(".png") for path in relative]
+    if len(set(names)) < len(set(relative)):
+        names = [path.with_name(f"{path.name}.png") for path in relative]
+    return names

@@ -147,6 +147,7 @@ class ProgressCallback(Callback):
         """Say what went wrong, and announce a category's end."""
         assert trial.error_file is not None
         reason = Path(trial.error_file).read_text().rstrip().rpartition("\n")[2].strip()
+        self._searcher.note_failure(trial.trial_id, reason)
         where = f"{trial.path}/{Path(trial.error_file).name}"
         self._print(f"{trial.config['category']}: trial {trial.config['index']} failed: {reason}; see {where}")
         self._announce(trial.config["category"])

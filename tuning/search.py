@@ -204,7 +204,7 @@ class MultiplexSearcher(Searcher):
         if result is not None:
             self._take(record, result)
         if error:
-            self._finish(record, "failed", "it raised an error")
+            self._finish(record, "failed", record.failure or "it raised an error")
         elif record.epoch == 0:
             self._finish(record, "failed", "it ended without reporting an epoch")
         elif record.objective is not None and not math.isfinite(record.objective):
@@ -215,6 +215,10 @@ class MultiplexSearcher(Searcher):
             self._finish(record, "complete")
         else:
             self._finish(record, "failed", "it reported no objective at its last epoch")
+
+    def note_failure(self, trial_id: str, reason: str) -> None:
+        """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
+        self._records[trial_id].failure = reason
 
     def save(self, checkpoint_path: str) -> None:
         """Pickle the whole state, in-memory studies and samplers included."""

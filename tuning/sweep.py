@@ -11,11 +11,11 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ssn.config import flatten
 from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
@@ -23,10 +23,11 @@ from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import DRIVER_CPU, check_fits, cluster_capacity, max_concurrent, use_gpu
 from tuning.objective import TrialContext, check_objective
-from tuning.report import Leaderboard, LeaderboardRow
+from tuning.report import Leaderboard
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
+from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
 from tuning.train_worker import Placement
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from tuning.search import MultiplexSearcher
     from tuning.tracking.protocol import Sweep
     from tuning.winner import TrialRecord
+
+T = TypeVar("T")
 
 FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
@@ -52,51 +55,6 @@ _RAY_ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-
-
-@dataclass(frozen=True)
-class ChampionScore:
-    """What the test split says of a category's winner."""
-
-    metrics: Mapping[str, float]
-    undefined: Mapping[str, str]
-    num_images: int
-    num_defective: int
-    picture: bytes
-    """PNG of its best, median and worst cases."""
-
-
-@dataclass(frozen=True)
-class CategoryResult:
-    """What a sweep found for one category."""
-
-    category: str
-    winner: TrialRecord | None
-    default: TrialRecord | None
-    """Trial 0, the paper's settings."""
-    trials: Sequence[TrialRecord]
-    score: ChampionScore | None
-    champion: ChampionVersion | None
-    run_id: str | None
-    failure: str | None = None
-    """Why there is no champion."""
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A finished sweep."""
-
-    leaderboard: Leaderboard
-    categories: Sequence[CategoryResult]
-    duration_s: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Per category the champion's parameters, validation and test metrics, trial counts and durations."""
-        return {
-            **{k: v for k, v in self.leaderboard.as_dict().items() if k != "rows"},
-            "duration_s": self.duration_s,
-            "categories": {result.category: _category_dict(result) for result in self.categories},
-        }
 
 
 def sweep(
@@ -162,18 +120,27 @@ def sweep(
         searcher = run.search(searcher, tracker, sweep_tags)
         if not searcher.done:
             status = "KILLED"
+            console.print(
+                f"interrupted; the trials that had finished are in MLflow under sweep {run.sweep_id}",
+                highlight=False,
+                markup=False,
+            )
             raise KeyboardInterrupt
         results = run.crown(searcher, tracker, sweep_tags, console)
         leaderboard = _leaderboard(run, results, [*notices, *searcher.notices], tracking_uri)
         run.log_leaderboard(tracker, sweep_tags, leaderboard, results)
-        status = "FINISHED"
+        status = "FINISHED" if any(result.champion for result in results) else "FAILED"
     finally:
         tracker.finish_sweep(sweep_tags, status)  # type: ignore[arg-type]
-    failures = [f"{r.category}: {r.failure}" for r in results if r.failure]
-    for failure in failures:
-        console.print(f"warning: {failure}", highlight=False, markup=False)
+    failures = [
+        result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
+        for result in results
+        if result.failure
+    ]
     if len(failures) == len(results):
         raise SSNError(failures[0])
+    for failure in failures:
+        console.print(f"warning: {failure}", highlight=False, markup=False)
     return SweepResult(leaderboard, results, time.monotonic() - started_s)
 
 
@@ -391,35 +358,37 @@ class _Run:
         from tuning.champions import load_trial_model
         from tuning.winner import select_winner
 
-        winners: dict[str, TrialRecord] = {}
-        failures: dict[str, str] = {}
-        for name in self.data:
-            try:
-                winners[name] = select_winner(searcher.records(name))
-            except SSNError as error:
-                failures[name] = str(error)
         runs = {
             (r.category, r.tags.get("trial_identity")): r.run_id
             for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
         }
+        device = "cuda" if self.placement.use_gpu else "cpu"
         score = ray.remote(score_champion).options(
             num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
         )
-        pending = {}
-        for name, winner in winners.items():
-            model = load_trial_model(runs[name, winner.trial_key], tracker.tracking_uri)
+
+        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef]:
+            winner = select_winner(searcher.records(name))
+            run_id = runs[name, winner.trial_key]
+            model = load_trial_model(run_id, tracker.tracking_uri)
             test = open_test_data(self.data_uri, self.dataset, name)
-            pending[name] = score.remote(model, test, "cuda" if self.placement.use_gpu else "cpu", self.placement.cpus)
+            return winner, run_id, score.remote(model, test, device, self.placement.cpus)
+
+        # what goes wrong with one category must not cost the others their champions
+        started = {name: _outcome(start, name) for name in self.data}
         results = []
-        for name in self.data:
+        for name, outcome in started.items():
             trials = searcher.records(name)
             default = next((t for t in trials if t.index == 0), None)
-            if name not in winners:
-                results.append(CategoryResult(name, None, default, trials, None, None, None, failures[name]))
+            if isinstance(outcome, str):
+                results.append(CategoryResult(name, None, default, trials, None, None, None, outcome))
                 continue
             console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
-            winner, run_id = winners[name], runs[name, winners[name].trial_key]
-            scored: ChampionScore = ray.get(pending[name])
+            winner, run_id, pending = outcome
+            scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
+            if isinstance(scored, str):
+                results.append(CategoryResult(name, winner, default, trials, None, None, run_id, scored))
+                continue
             champion = self._register(tracker, name, winner, run_id, scored, len(trials))
             results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
         return results
@@ -479,7 +448,7 @@ class _Run:
             table = Path(scratch, "leaderboard.md")
             table.write_text(leaderboard.markdown())
             for result in results:
-                metrics, tags = _parent_summary(self.data[result.category], result)
+                metrics, tags = parent_summary(self.data[result.category], result)
                 tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
 
 
@@ -506,21 +475,13 @@ def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) 
         )
 
 
-def _parent_summary(data: SearchData, result: CategoryResult) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and tags of a category's parent run, from which ``tuning report`` builds the table again."""
-    if result.winner is None or result.winner.objective is None or result.score is None or result.run_id is None:
-        return {}, {"failure": result.failure or ""}
-    row = _row(data, result)
-    metrics = {"validation_objective": result.winner.objective}
-    metrics |= {f"test_{name}": value for name, value in result.score.metrics.items()}
-    tags = {
-        "champion_run_id": result.run_id,
-        "train_labels": str(row.train_labels),
-        "train_masks": str(row.train_masks),
-        "validation_labels": str(row.validation_labels),
-        "validation_masks": str(row.validation_masks),
-    }
-    return metrics, tags
+def _outcome(action: Callable[..., T], *args: Any) -> T | str:
+    """What ``action`` returns, or why it could not, as one line."""
+    try:
+        return action(*args)
+    except SSNError as error:
+        # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
+        return str(getattr(error, "cause", error))
 
 
 def _weights_digest(settings: SweepSettings) -> str:
@@ -547,60 +508,10 @@ def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[s
     return Leaderboard(
         dataset=run.dataset,
         sweep_id=run.sweep_id,
-        rows=[_row(run.data[r.category], r) for r in results],
+        rows=[leaderboard_row(run.data[r.category], r) for r in results],
         tracking_uri=tracking_uri,
         notes=notes,
     )
-
-
-def _row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
-    winner, counts = result.winner, data.info.counts
-    states = [t.state for t in result.trials]
-    test = result.score.metrics if result.score else {}
-    masks_used = int(winner.metrics.get("masks_used", 0)) if winner else None
-    return LeaderboardRow(
-        category=result.category,
-        noise_sigma=winner.config["synthesis.noise_sigma"] if winner else None,
-        perlin_threshold=winner.config["synthesis.perlin_threshold"] if winner else None,
-        supervision_ratio=winner.config["train.supervision_ratio"] if winner else None,
-        validation_objective=winner.objective if winner else None,
-        default_objective=result.default.objective if result.default else None,
-        test_image_auroc=test.get("image_auroc"),
-        test_pixel_ap=test.get("pixel_ap"),
-        train_labels=masks_used,
-        train_masks=masks_used,
-        validation_labels=counts["validation"].defective,
-        validation_masks=counts["validation"].masks,
-        trials_complete=states.count("complete"),
-        trials_pruned=states.count("pruned"),
-        trials_failed=states.count("failed"),
-        duration_s=sum(t.duration_s for t in result.trials),
-        champion=f"{result.champion.name}/{result.champion.version}" if result.champion else None,
-    )
-
-
-def _category_dict(result: CategoryResult) -> dict[str, Any]:
-    winner, states = result.winner, [t.state for t in result.trials]
-
-    def validation(trial: TrialRecord | None) -> dict[str, Any] | None:
-        if trial is None:
-            return None
-        metrics = {k.removeprefix("val_"): v for k, v in trial.metrics.items() if k.startswith("val_")}
-        return {"objective": trial.objective, "epoch": trial.epoch, "state": trial.state, **metrics}
-
-    return {
-        "champion": None if result.champion is None else asdict(result.champion),
-        "run_id": result.run_id,
-        "params": None if winner is None else winner.params,
-        "masks_used": None if winner is None else winner.metrics.get("masks_used"),
-        "validation": validation(winner),
-        "default": validation(result.default),
-        "test": None if result.score is None else dict(result.score.metrics),
-        "test_undefined": None if result.score is None else dict(result.score.undefined),
-        "trials": {state: states.count(state) for state in ("complete", "pruned", "failed")},
-        "trials_duration_s": sum(t.duration_s for t in result.trials),
-        "failure": result.failure,
-    }
 
 
 def _stderr() -> Console:

@@ -7,7 +7,7 @@ driver does nothing but wait, so it asks for next to no CPU; one that held a CPU
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
 from tuning.feature_store import feature_key, get_features
-from tuning.objective import TrialContext, build_features, run_trial, use_threads
+from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,15 +67,7 @@ def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """Tune trainable that trains in its own process."""
     from ray import tune
 
-    def report(result: dict[str, Any], save: Any) -> None:
-        if save is None:
-            tune.report(result)
-            return
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-            save(Path(folder, MODEL_FOLDER))
-            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
-
-    _train(trial, setup, report=report, checkpoint=tune.get_checkpoint(), device=_local_device(setup))
+    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=_local_device(setup))
 
 
 def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
@@ -112,24 +104,30 @@ def _train_in_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    def report(result: dict[str, Any], save: Any) -> None:
-        if save is None:
-            train.report(result)
-            return
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-            save(Path(folder, MODEL_FOLDER))
-            train.report(result, checkpoint=train.Checkpoint.from_directory(folder))
-
     _train(
         config["trial"],
         config["setup"],
-        report=report,
+        report=_reporter(train),
         checkpoint=train.get_checkpoint(),
         device=str(get_device()),
     )
 
 
-def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: Any, checkpoint: Any, device: str) -> None:
+def _reporter(api: Any) -> ReportResult:
+    """Report through ``ray.tune`` or ``ray.train``, which take the same."""
+
+    def report(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
+        if save is None:
+            api.report(result)
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+            save(Path(folder, MODEL_FOLDER))
+            api.report(result, checkpoint=api.Checkpoint.from_directory(folder))
+
+    return report
+
+
+def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult, checkpoint: Any, device: str) -> None:
     use_threads(setup.placement.cpus)
     context = setup.contexts[trial["category"]]
     with _checkpoint_folder(checkpoint) as resume_from:

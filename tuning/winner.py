@@ -92,9 +92,9 @@ def _why_none(trials: Sequence[TrialRecord]) -> str:
     counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
     failures = [t for t in trials if t.failure]
     if states["running"]:
-        way_out = "resume the sweep"
+        way_out = "let the sweep run to its end"
     elif failures:
-        way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and resume the sweep"
+        way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and sweep again"
     else:
         way_out = "raise the number of trials or the epochs before the first rung"
     return f"{category}: no winner, because no trial has finished its {epochs} epochs ({counted}); {way_out}"

@@ -40,6 +40,7 @@ STATISTICS: dict[str, Callable[[Image8], float]] = {
     "percentile 99": lambda image: float(np.percentile(grey(image), 99)),
     "gradient energy": lambda image: float(sum((g**2).mean() for g in np.gradient(grey(image)))),
     "Laplacian variance": lambda image: float(ndimage.laplace(grey(image)).var()),
+    "range over deviation": lambda image: float(np.ptp(grey(image)) / grey(image).std()),
     "largest local deviation": local_std_max,
     "colour spread": lambda image: float((image[..., 0].astype(float) - image[..., 2]).std()),
     "saturation": lambda image: float(np.ptp(image.astype(float), axis=2).mean()),
@@ -74,10 +75,10 @@ def test_layout_is_mvtec_ads(dataset: Path) -> None:
         root = dataset / category
         assert sorted(p.name for p in (root / "test").iterdir()) == sorted(["good", *kind.defects])
         assert len(list((root / "train/good").glob("*.png"))) == 2
-        assert len(list((root / "test/good").glob("*.png"))) == 20
+        assert len(list((root / "test/good").glob("*.png"))) == 30
         for defect in kind.defects:
             images = sorted(p.stem for p in (root / "test" / defect).glob("*.png"))
-            assert images == [f"{i:03d}" for i in range(10)]
+            assert images == [f"{i:03d}" for i in range(20)]
             assert sorted(p.stem for p in (root / "ground_truth" / defect).glob("*.png")) == [
                 f"{name}_mask" for name in images
             ]
@@ -162,7 +163,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path: Path
 
 def test_no_two_images_are_alike(dataset: Path) -> None:
     digests = [hashlib.sha256(p.read_bytes()).digest() for p in dataset.rglob("*.png") if "ground_truth" not in p.parts]
-    assert len(set(digests)) == len(digests) == 3 * (2 + 20 + 30)
+    assert len(set(digests)) == len(digests) == 3 * (2 + 30 + 60)
 
 
 def test_existing_data_is_never_overwritten(tmp_path: Path) -> None:

@@ -507,7 +507,7 @@ def test_no_winner_is_explained() -> None:
         select_winner([record(0, "pruned"), failed, record(2, "pruned")])
     with pytest.raises(SSNError, match=r"trial 1: it raised an error"):
         select_winner([record(0, "pruned"), failed])
-    with pytest.raises(SSNError, match=r"1 running\); resume the sweep$"):
+    with pytest.raises(SSNError, match=r"1 running\); let the sweep run to its end$"):
         select_winner([record(0, "running")])
     with pytest.raises(SSNError, match=r"raise the number of trials"):
         select_winner([record(0, "pruned")])

@@ -1,0 +1,229 @@
+"""Leases, sharing and the memory budget of the feature store, without Ray and without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ssn.config import Config
+from ssn.errors import SSNError
+from tests.planted_features import CONFIG, with_train
+from tuning import feature_store
+from tuning.feature_store import LEASE_S, FeatureStore, feature_key, get_features
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
+    """Of 100 bytes; a reference to an object is a box around it."""
+    monkeypatch.setattr(feature_store.ray, "put", lambda value: ("ref", value))
+    return FeatureStore(100, clock)
+
+
+def test_first_to_ask_builds_and_the_others_wait(store: FeatureStore) -> None:
+    assert store.acquire("a") is True
+    assert store.acquire("a") is False
+    assert store.acquire("b") is True, "other features are another matter"
+    refs = store.put("a", "features of a", 10)
+    assert refs == [("ref", "features of a")]
+    assert store.acquire("a") == refs
+    assert store.acquire("b") is False
+
+
+def test_silent_builder_loses_its_lease(store: FeatureStore, clock: Clock) -> None:
+    assert store.acquire("a") is True
+    clock.now_s += LEASE_S - 1
+    assert store.acquire("a") is False
+    clock.now_s += 2
+    assert store.acquire("a") is True
+    assert store.acquire("a") is False, "the second builder has a lease of its own"
+
+
+def test_builder_that_reports_keeps_its_lease(store: FeatureStore, clock: Clock) -> None:
+    store.acquire("a")
+    for _ in range(5):
+        clock.now_s += LEASE_S - 1
+        store.renew("a")
+        assert store.acquire("a") is False
+    clock.now_s += LEASE_S + 1
+    assert store.acquire("a") is True
+
+
+def test_released_lease_is_free_at_once(store: FeatureStore) -> None:
+    store.acquire("a")
+    store.release("a")
+    assert store.acquire("a") is True
+
+
+def test_late_builder_shares_what_another_has_put(store: FeatureStore, clock: Clock) -> None:
+    """It was taken for dead; its copy is dropped, so that all trials read one."""
+    store.acquire("a")
+    clock.now_s += LEASE_S + 1
+    store.acquire("a")
+    first = store.put("a", "from the second builder", 10)
+    assert store.put("a", "from the first builder", 10) is first
+    assert store.acquire("a") == [("ref", "from the second builder")]
+
+
+def test_least_recently_used_features_are_dropped_beyond_the_budget(store: FeatureStore) -> None:
+    for key in "abc":
+        store.acquire(key)
+        store.put(key, key, 30)
+    assert store.acquire("a") == [("ref", "a")]  # now b is the oldest
+    store.acquire("d")
+    store.put("d", "d", 30)
+    assert [key for key in "acd" if isinstance(store.acquire(key), list)] == ["a", "c", "d"]
+    assert store.acquire("b") is True, "to be computed again"
+
+
+def test_features_that_fill_the_budget_push_out_all_others(store: FeatureStore) -> None:
+    for key in "ab":
+        store.acquire(key)
+        store.put(key, key, 40)
+    store.acquire("c")
+    assert store.put("c", "c", 100) == [("ref", "c")]
+    assert store.acquire("c") == [("ref", "c")]
+    assert store.acquire("a") is True
+    assert store.acquire("b") is True
+
+
+def test_dropping_spares_builders_at_work(store: FeatureStore) -> None:
+    store.acquire("building")
+    for key in "ab":
+        store.acquire(key)
+        store.put(key, key, 60)
+    assert store.acquire("building") is False
+    store.renew("building")
+
+
+class Actor:
+    """A store behind an actor's calls, each carried out at once."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+@pytest.fixture
+def actor(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> Actor:
+    monkeypatch.setattr(
+        feature_store.ray,
+        "get",
+        lambda answer: answer[1] if isinstance(answer, tuple) and answer[0] == "ref" else answer,
+    )
+    return Actor(store)
+
+
+class Built:
+    """Stands for features of 10 bytes."""
+
+    num_bytes = 10
+
+
+def test_features_are_built_once(actor: Actor) -> None:
+    built = Built()
+    budgets: list[int] = []
+
+    def build(budget_bytes: int, alive: Callable[[], None]) -> Any:
+        budgets.append(budget_bytes)
+        alive()
+        return built
+
+    assert get_features(actor, "a", build) is built
+    assert get_features(actor, "a", build) is built
+    assert budgets == [100]
+
+
+def test_builder_that_fails_leaves_the_next_one_its_turn(actor: Actor) -> None:
+    def fail(budget_bytes: int, alive: Callable[[], None]) -> Any:
+        raise SSNError("no such image")
+
+    with pytest.raises(SSNError, match="no such image"):
+        get_features(actor, "a", fail)
+    assert isinstance(get_features(actor, "a", lambda budget_bytes, alive: Built()), Built)  # type: ignore[arg-type,return-value]
+
+
+def test_waiting_trial_asks_until_the_builder_is_done(
+    actor: Actor, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.acquire("a")
+    polls: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == 3:
+            store.put("a", "theirs", 10)
+
+    monkeypatch.setattr(feature_store.time, "sleep", sleep)
+    assert get_features(actor, "a", lambda *_: pytest.fail("built twice")) == "theirs"
+    assert len(polls) == 3
+
+
+def test_waiting_trial_takes_over_from_a_dead_builder(
+    actor: Actor, store: FeatureStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.acquire("a")
+
+    def sleep(seconds: float) -> None:
+        clock.now_s += LEASE_S / 2
+
+    monkeypatch.setattr(feature_store.time, "sleep", sleep)
+    assert isinstance(get_features(actor, "a", lambda budget_bytes, alive: Built()), Built)  # type: ignore[arg-type,return-value]
+
+
+WHERE = {"data_uri": "/data", "category": "plate", "search_fingerprint": "f", "weights_digest": "w"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(CONFIG, data=replace(CONFIG.data, image_size=(64, 40))),
+        replace(CONFIG, data=replace(CONFIG.data, feature_dtype="fp16")),
+        replace(CONFIG, data=replace(CONFIG.data, antialias=True)),
+        replace(CONFIG, model=replace(CONFIG.model, backbone="resnet18")),
+        replace(CONFIG, model=replace(CONFIG.model, layers=(1, 2))),
+        replace(CONFIG, model=replace(CONFIG.model, variant="jims")),  # its preprocessing differs
+        replace(CONFIG, eval=replace(CONFIG.eval, size=(32, 32))),
+    ],
+)
+def test_key_depends_on_what_features_depend_on(other: Config) -> None:
+    assert feature_key(other, **WHERE) != feature_key(CONFIG, **WHERE)
+
+
+@pytest.mark.parametrize("key", WHERE)
+def test_key_depends_on_the_data_and_the_weights(key: str) -> None:
+    assert feature_key(CONFIG, **{**WHERE, key: "other"}) != feature_key(CONFIG, **WHERE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_train(CONFIG, epochs=7, train_seed=5, label_seed=3, supervision_ratio=0.5, batch_size=9, lr_heads=1e-5),
+        replace(CONFIG, synthesis=replace(CONFIG.synthesis, noise_sigma=0.1, perlin_threshold=0.6)),
+        replace(CONFIG, model=replace(CONFIG.model, seg_channels=9, cls_channels=9, align_corners=False)),
+        replace(CONFIG, eval=replace(CONFIG.eval, aupro_fpr_limit=0.05)),
+        CONFIG.resolved(),
+    ],
+)
+def test_trials_that_differ_in_training_alone_share_features(other: Config) -> None:
+    assert feature_key(other, **WHERE) == feature_key(CONFIG, **WHERE)

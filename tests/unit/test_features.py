@@ -1,0 +1,322 @@
+"""Cached features against direct runs of the backbone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssn.backbone import Backbone, load_backbone
+from ssn.bundle import find_backbone
+from ssn.checkpoint import load_checkpoint
+from ssn.config import Config
+from ssn.data.ingest import ingest
+from ssn.data.manifest import Manifest
+from ssn.data.preprocess import decode_image, decode_mask, preprocess
+from ssn.data.reader import SearchData, open_search_data
+from ssn.data.records import Sample, SearchSplit
+from ssn.engine import EpochReport, Trainer, fit
+from ssn.errors import SSNError
+from ssn.features import (
+    NUM_FLIPS,
+    CategoryFeatures,
+    SplitFeatures,
+    downsample_mask,
+    estimate_bytes,
+    extract,
+    flip,
+    prepare_backbone,
+)
+from tests.raw_folders import write_mvtec
+from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL
+
+FLOAT16_RTOL = float(np.finfo(np.float16).eps)
+MAP_SIZE = (16, 24)
+
+
+@pytest.fixture(scope="module")
+def search(tiny_data: Path) -> SearchData:
+    return open_search_data(str(tiny_data), "tiny", "widget")
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_config: Config, search: SearchData) -> Backbone:
+    return prepare_backbone(tiny_config, search)
+
+
+@pytest.fixture(scope="module")
+def features(tiny_config: Config, search: SearchData, backbone: Backbone) -> CategoryFeatures:
+    return extract(tiny_config, search, backbone)
+
+
+@pytest.fixture
+def shards(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "shards"))
+
+
+def split_of(features: CategoryFeatures, name: str) -> SplitFeatures:
+    split = getattr(features, name)
+    assert isinstance(split, SplitFeatures)
+    return split
+
+
+def load_image(sample: Sample, config: Config) -> torch.Tensor:
+    image = decode_image(sample.image, source=sample.source_path)
+    return preprocess(image, config.data.image_size, antialias=bool(config.resolved().data.antialias))
+
+
+def run_backbone(backbone: Backbone, image: torch.Tensor) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [m[0].permute(1, 2, 0).numpy() for m in backbone(image[None])]
+
+
+@pytest.mark.parametrize("split", ["train", "pool", "validation"])
+def test_features_are_those_of_the_backbone(
+    split: SearchSplit, tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures
+) -> None:
+    """Image by image, and flips are of the image: the features of a flipped image are not flipped features."""
+    stored = split_of(features, split)
+    samples = list(search.stream(split))
+    assert stored.ids == tuple(s.id for s in samples)
+    assert stored.labels_N.tolist() == [s.label for s in samples]
+    assert stored.defect_types == tuple(s.defect_type for s in samples)
+    assert stored.num_flips == (NUM_FLIPS if split == "pool" else 1)
+    flips: list[Callable[[Any], Any]] = [
+        lambda x: x,
+        lambda x: x[..., :, ::-1],
+        lambda x: x[..., ::-1, :],
+        lambda x: x[..., ::-1, ::-1],
+    ]
+    for i, sample in enumerate(samples):
+        image = load_image(sample, tiny_config).numpy()
+        for which in range(stored.num_flips):
+            view = torch.from_numpy(flips[which](image).copy())
+            for m, expected in zip(stored.maps_VhwC, run_backbone(backbone, view), strict=True):
+                assert m.dtype == np.float16
+                actual = m[i * stored.num_flips + which]
+                np.testing.assert_allclose(actual, expected, rtol=FLOAT16_RTOL, atol=FLOAT16_RTOL / 100)
+    if split == "pool":
+        commuted = stored.maps_VhwC[0][0][:, ::-1]
+        assert np.abs(stored.maps_VhwC[0][1] - commuted).max() > 0.01
+
+
+def test_maps_and_masks_have_their_sizes(features: CategoryFeatures, tiny_config: Config) -> None:
+    assert features.channels == (64, 128)
+    for name in ("train", "pool", "validation"):
+        split = split_of(features, name)
+        assert [m.shape[1:] for m in split.maps_VhwC] == [(8, 12, 64), (4, 6, 128)]
+        assert split.masks_VHW.shape == (len(split.maps_VhwC[0]), *MAP_SIZE)
+        scored = len(split.ids) if name == "validation" else 0
+        assert split.eval_masks_N.shape == (scored, *tiny_config.eval.size)
+
+
+def test_masks_line_up_with_flips(features: CategoryFeatures, search: SearchData, tiny_config: Config) -> None:
+    pool = features.pool
+    samples = list(search.stream("pool"))
+    assert len(pool.masks_VHW) == NUM_FLIPS * len(samples) > 0
+    for i, sample in enumerate(samples):
+        assert sample.mask is not None
+        mask = decode_mask(sample.mask, source="x")
+        straight = downsample_mask(mask, tiny_config.data.image_size, MAP_SIZE)
+        views = pool.masks_VHW[i * NUM_FLIPS :][:NUM_FLIPS]
+        assert straight.any()
+        assert not np.array_equal(straight, straight[:, ::-1])
+        expected = [straight, straight[:, ::-1], straight[::-1], straight[::-1, ::-1]]
+        for view, wanted in zip(views, expected, strict=True):
+            np.testing.assert_array_equal(view, wanted)
+    assert pool.has_mask_N.all()
+
+
+def test_normal_images_have_empty_masks(features: CategoryFeatures) -> None:
+    assert not features.train.masks_VHW.any()
+    validation = features.validation
+    normal = validation.labels_N == 0
+    assert normal.any()
+    assert not validation.masks_VHW[normal].any()
+    assert not validation.eval_masks_N[normal].any()
+    assert validation.eval_masks_N[~normal].any((1, 2)).all()
+    assert validation.masks_VHW[~normal].any((1, 2)).all()
+
+
+def test_downsampled_mask_is_cut_at_a_half() -> None:
+    """Nearest to the image's size, then bilinear: a cell is anomalous if at least half of it is."""
+    mask = np.zeros((8, 8), bool)
+    mask[0, :2] = True  # half of the first cell
+    mask[4, 4] = True  # a quarter of another
+    mask[6:, 6:] = True
+    small = downsample_mask(mask, (8, 8), (4, 4))
+    assert np.argwhere(small).tolist() == [[0, 0], [3, 3]]
+    doubled = np.kron(mask, np.ones((2, 2), bool))
+    np.testing.assert_array_equal(downsample_mask(doubled, (8, 8), (4, 4)), small)
+
+
+@pytest.mark.parametrize("which", range(NUM_FLIPS))
+def test_flips_undo_themselves(which: int) -> None:
+    x = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(flip(flip(x, which), which), x)
+    grid = F.affine_grid(
+        torch.tensor([[[-1.0 if which & 1 else 1.0, 0, 0], [0, -1.0 if which & 2 else 1.0, 0]]]),
+        [1, 2, 3, 4],
+        align_corners=False,
+    )
+    by_hand = F.grid_sample(x[None], grid, align_corners=False)[0]
+    torch.testing.assert_close(flip(x, which), by_hand, rtol=FLOAT32_RTOL, atol=FLOAT32_ATOL)
+
+
+def test_estimate_is_exact_and_the_budget_is_kept(
+    tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures
+) -> None:
+    sizes = [(64, (8, 12)), (128, (4, 6))]
+    assert estimate_bytes(tiny_config, search.info, sizes) == features.num_bytes
+    extract(tiny_config, search, backbone, budget_bytes=features.num_bytes)
+    with pytest.raises(
+        SSNError, match=r"^the features of tiny/widget take 0\.0 GB, more than the .* lower data\.image"
+    ):
+        extract(tiny_config, search, backbone, budget_bytes=features.num_bytes - 1)
+
+
+def test_progress_reaches_the_total(tiny_config: Config, search: SearchData, backbone: Backbone) -> None:
+    seen: list[tuple[int, int]] = []
+    extract(tiny_config, search, backbone, on_progress=lambda done, total: seen.append((done, total)))
+    total = sum(1 for split in ("train", "pool", "validation") for _ in search.stream(split))  # type: ignore[arg-type]
+    assert {t for _, t in seen} == {total}
+    done = [d for d, _ in seen]
+    assert done == sorted(done)
+    assert done[-1] == total
+
+
+def test_fp32_storage(tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures) -> None:
+    config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype="fp32"))
+    exact = extract(config, search, backbone)
+    for full, half in zip(exact.train.maps_VhwC, features.train.maps_VhwC, strict=True):
+        assert full.dtype == np.float32
+        np.testing.assert_array_equal(full.astype(np.float16), half)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_features_beyond_float16_are_refused(tiny_config: Config, search: SearchData) -> None:
+    backbone = prepare_backbone(tiny_config, search)
+    backbone.register_forward_hook(lambda module, inputs, maps: tuple(m * 1e6 for m in maps))
+    with pytest.raises(
+        SSNError, match=r"^backbone features exceed float16's range; use --set data\.feature_dtype=fp32"
+    ):
+        extract(tiny_config, search, backbone)
+    config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype="fp32"))
+    assert np.isfinite(extract(config, search, backbone).train.maps_VhwC[0]).all()
+
+
+def test_pool_images_without_masks_are_left_out(tmp_path: Path, tiny_config: Config) -> None:
+    raw = write_mvtec(tmp_path / "raw")
+    for path in sorted(raw.glob("widget/ground_truth/*/*.png"))[::2]:
+        path.unlink()
+    ingest(Manifest(name="half", layout="mvtec"), raw, str(tmp_path / "shards"))
+    search = open_search_data(str(tmp_path / "shards"), "half", "widget")
+    counts = search.info.counts
+    assert 0 < counts["pool"].masks < counts["pool"].defective
+    assert 0 < counts["validation"].masks < counts["validation"].defective
+    features = extract(tiny_config, search, prepare_backbone(tiny_config, search))
+    assert features.pool.ids == tuple(s.id for s in search.stream("pool") if s.mask is not None)
+    assert len(features.validation.ids) == counts["validation"].normal + counts["validation"].defective
+    validation = list(search.stream("validation"))
+    assert features.validation.has_mask_N.tolist() == [s.mask is not None for s in validation]
+    assert features.validation.masks_VHW.any((1, 2)).tolist() == features.validation.has_mask_N.tolist()
+
+
+def test_random_weights_are_calibrated_on_normal_images(
+    tiny_config: Config, search: SearchData, features: CategoryFeatures
+) -> None:
+    assert features.backbone_digest != load_backbone(tiny_config.model).digest
+    assert features.backbone_digest == prepare_backbone(tiny_config, search).digest
+    assert set(features.backbone_calibration) == {
+        name
+        for name, _ in load_backbone(tiny_config.model).net.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    }
+    # what the noise's sigma refers to
+    for m in features.train.maps_VhwC:
+        assert 0.1 < m.astype(np.float32).std() < 10
+
+
+def test_calibrated_backbone_is_found_again_from_a_checkpoint(
+    tmp_path: Path, tiny_config: Config, features: CategoryFeatures
+) -> None:
+    """The trial's folder holds the statistics alone; seed and statistics make the same backbone, bit for bit."""
+    Trainer(tiny_config, features).save(tmp_path / "trial", resumable=False)
+    found = find_backbone(load_checkpoint(tmp_path / "trial"))
+    assert found.digest == features.backbone_digest
+
+
+def test_backbone_other_than_the_trained_one_is_refused(
+    tmp_path: Path, tiny_config: Config, features: CategoryFeatures
+) -> None:
+    foreign = replace(features, backbone_digest="0" * 64)
+    Trainer(tiny_config, foreign).save(tmp_path / "trial", resumable=False)
+    with pytest.raises(SSNError, match=r"was trained on a backbone with digest 000000000000, but model\.weights"):
+        find_backbone(load_checkpoint(tmp_path / "trial"))
+
+
+def test_category_without_normal_images_is_refused(shards: Path, tiny_config: Config, backbone: Backbone) -> None:
+    edit_counts(shards, "train", normal=0)
+    with pytest.raises(SSNError, match="tiny/widget has no normal training images; ingest some"):
+        extract(tiny_config, open_search_data(str(shards), "tiny", "widget"), backbone)
+
+
+def edit_counts(shards: Path, split: str, **counts: int) -> None:
+    path = shards / "tiny" / "widget" / "category.json"
+    content = json.loads(path.read_text())
+    content["counts"][split] |= counts
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("normal", "message"), [(7, "hold more images than their metadata"), (9, "hold fewer images than their metadata")]
+)
+def test_shards_that_disagree_with_their_metadata_are_refused(
+    shards: Path, tiny_config: Config, backbone: Backbone, normal: int, message: str
+) -> None:
+    edit_counts(shards, "train", normal=normal)
+    with pytest.raises(SSNError, match=message):
+        extract(tiny_config, open_search_data(str(shards), "tiny", "widget"), backbone)
+
+
+def test_truncated_shard_is_named(shards: Path, tiny_config: Config, backbone: Backbone) -> None:
+    (shard,) = (shards / "tiny" / "widget").glob("train-*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-500])
+    with pytest.raises(SSNError, match=r"train-00000\.parquet is corrupt at row group 0"):
+        extract(tiny_config, open_search_data(str(shards), "tiny", "widget"), backbone)
+
+
+def test_search_is_the_same_without_the_test_images(
+    shards: Path, tiny_config: Config, features: CategoryFeatures
+) -> None:
+    """No leak: with nothing of the test split on disk, features and every reported number are identical."""
+    folder = shards / "tiny" / "widget"
+    removed = [*folder.glob("test*"), folder / "assignments.json"]
+    assert len(removed) == 3
+    for path in removed:
+        path.unlink()
+    search = open_search_data(str(shards), "tiny", "widget")
+    again = extract(tiny_config, search, prepare_backbone(tiny_config, search))
+    assert again.backbone_digest == features.backbone_digest
+    runs = []
+    for each in (features, again):
+        reports: list[dict[str, float]] = []
+
+        def report(epoch: EpochReport, save: Callable[..., None], to: list[dict[str, float]] = reports) -> None:
+            to.append({k: v for k, v in epoch.metrics.items() if "duration" not in k})
+
+        fit(tiny_config, each, report=report)
+        runs.append(reports)
+    assert runs[0] == runs[1]
+    for name in ("train", "pool", "validation"):
+        a, b = split_of(features, name), split_of(again, name)
+        assert all(map(np.array_equal, (*a.maps_VhwC, a.masks_VHW), (*b.maps_VhwC, b.masks_VHW)))
