@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench ui constraints clean
+.PHONY: help venv demo test slow lint format bench ui constraints clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ $(DEMO)/raw/NOTICE.txt: | $(READY)
 test: $(READY) ## Run all tests; those that need data which is not there are skipped and say so
 	$(BIN)/python -m pytest
 
+slow: $(READY) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow -s
+
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,8 +46,8 @@ format: $(READY) ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Run the benchmarks
-	$(BIN)/python -m pytest tests/benchmarks -s
+bench: $(READY) ## Time the heads against their plain formulation
+	$(BIN)/python -m tests.benchmarks.heads
 
 ui: $(READY) ## Show the demo's runs and models in a browser
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db
