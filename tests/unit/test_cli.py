@@ -167,12 +167,12 @@ def test_both_run_from_a_bare_checkout(package: str) -> None:
 
 def test_demo_data_then_ingest(run: Run, tmp_path: Path) -> None:
     status, out, _ = run(ssn.cli.app, "demo-data", "--out", "raw", "--size", "32", "--seed", "3")
-    assert (status, out) == (0, "270 synthetic images of brushed, speckled, woven in raw\n")
+    assert (status, out) == (0, "390 synthetic images of brushed, speckled, woven in raw\n")
     status, out, err = run(
         ssn.cli.app, "ingest", "synthetic_surfaces", "--raw", "raw", "--out", "shards", "--category", "woven"
     )
     assert status == 0, err
-    assert out.startswith("synthetic_surfaces/woven: 90 images, written")
+    assert out.startswith("synthetic_surfaces/woven: 130 images, written")
     assert "woven: " in err  # progress, apart from the result
     assert [p.name for p in (tmp_path / "shards/synthetic_surfaces").iterdir()] == ["woven"]
 

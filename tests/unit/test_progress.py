@@ -39,6 +39,7 @@ class FakeTrial:
     """What the callback looks at of a Tune trial."""
 
     path = "s3://bucket/sweep/screw-000"
+    trial_id = "a"
 
     def __init__(self, suggestion: dict[str, Any], error_file: Path | None = None) -> None:
         self.config = suggestion
@@ -124,6 +125,7 @@ def test_category_without_a_winner_says_so(tmp_path: Path) -> None:
         "screw: trial 0 failed: RuntimeError: [bold] no GPU; see s3://bucket/sweep/screw-000/error.txt",
         "screw: 1 trials ended (0 complete, 0 pruned, 1 failed), no winner",
     ]
+    assert search.records()[0].failure == "RuntimeError: [bold] no GPU"
 
 
 def test_last_line_comes_at_the_end_whatever_the_interval() -> None:
