@@ -41,13 +41,13 @@ def test_the_demo_configuration_learns(shards: str, category: str) -> None:
     backbone = prepare_backbone(config, data)
     features = extract(config, data, backbone)
 
-    def test_image_auroc(trainer: Trainer) -> float:
+    def score_on_test(trainer: Trainer) -> float:
         predictor = Predictor(trainer.net, backbone, config)
         metrics = evaluate_samples(predictor, open_test_data(shards, DATASET, category).stream()).metrics
         return metrics.values["image_auroc"]
 
-    untrained = test_image_auroc(Trainer(config, features))
-    trained = test_image_auroc(fit(config, features, report=lambda report, save: None))
+    untrained = score_on_test(Trainer(config, features))
+    trained = score_on_test(fit(config, features, report=lambda report, save: None))
     print(f"{category}: test image_auroc {trained:.3f} trained, {untrained:.3f} untrained")
     assert trained >= TRAINED_IMAGE_AUROC
     assert trained >= untrained + GAIN_OVER_UNTRAINED
