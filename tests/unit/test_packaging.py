@@ -44,7 +44,9 @@ def test_a_wheel_has_two_top_level_names(wheel_names: list[str]) -> None:
 def test_a_wheel_carries_every_module_and_every_manifest(wheel_names: list[str]) -> None:
     expected = {str(path.relative_to(ROOT)) for package in ("ssn", "tuning") for path in (ROOT / package).rglob("*.py")}
     expected |= {
-        f"ssn/_resources/{kind}/{path.name}" for kind in ("datasets", "clusters") for path in (ROOT / kind).iterdir()
+        f"ssn/_resources/{kind}/{path.name}"
+        for kind in ("datasets", "clusters")
+        for path in (ROOT / kind).glob("*.yaml")
     }
     assert {name for name in wheel_names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
