@@ -25,7 +25,7 @@ from tests.tolerances import GOLDEN_ATOL, GOLDEN_RTOL
 from tuning.tracking import MLflowTracker
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 CATEGORIES, TRIALS = ("gadget", "widget"), 2
