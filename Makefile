@@ -31,7 +31,7 @@ $(DEMO)/raw/NOTICE.txt: | $(READY)
 	rm -rf $(DEMO)/raw
 	$(BIN)/python -m ssn demo-data --out $(DEMO)/raw
 
-test: $(READY) ## Run all tests; those that need data which is not there are skipped and say so
+test: $(READY) ## Run the tests but the slow ones; those whose data is not there are skipped and say so
 	$(BIN)/python -m pytest
 
 slow: $(READY) ## Run the tests that take minutes
