@@ -1,8 +1,9 @@
 """Finding images that show the same thing twice, so that no two of them end up in different splits.
 
 A 64-bit difference hash is useless here: parts on a fixture look alike, and two in three pairs of MVTec AD's bottles
-are within one bit. So images are compared as small grey thumbnails, and what tells a copy from a sibling is how little they
-differ in grey levels, against the picture's own contrast, and against how much images of this category differ anyway.
+are within one bit. So images are compared as small grey thumbnails, and what tells a copy from a sibling is how
+little they differ in grey levels, against the picture's own contrast, and against how much images of this category
+differ anyway.
 
 Shape suffixes: N images, P pixels of a thumbnail.
 """
