@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssn.config import Config, digest, flatten
 from ssn.features import CategoryFeatures
@@ -89,8 +90,12 @@ class FeatureStore:
 
 
 def start_feature_store(budget_bytes: int, *, name: str) -> Any:
-    """Start the store under a name that trials find it by; it lives as long as the driver."""
-    return ray.remote(FeatureStore).options(name=name, num_cpus=0).remote(budget_bytes)
+    """Start the store under a name that trials find it by; it lives as long as the driver, and on its node.
+
+    On any other, a spot instance that is taken back would take every category's features with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(FeatureStore).options(name=name, num_cpus=0, scheduling_strategy=here).remote(budget_bytes)
 
 
 def get_features(

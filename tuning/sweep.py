@@ -22,6 +22,7 @@ from ssn.data.reader import SearchData, list_categories, open_search_data, open_
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import DRIVER_CPU, check_fits, cluster_capacity, max_concurrent, use_gpu
+from tuning.interrupt import StopFlag, stop_tune_in_order, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective
 from tuning.report import Leaderboard
 from tuning.scheduler import rung_epochs
@@ -45,12 +46,13 @@ T = TypeVar("T")
 FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
 
-# Ray and Tune talk a lot by default, and each line would break the live view. Read when ray is imported.
+# Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see tuning.interrupt
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -93,6 +95,7 @@ def sweep(
     for search_data in data.values():
         check_objective(settings.objective, search_data.info)
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
+    check_lasting(out, tracking_uri)
     tracker = MLflowTracker(tracking_uri)
     tracker.check()
 
@@ -114,24 +117,8 @@ def sweep(
     searcher, notices = run.searcher()
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
-    sweep_tags = run.tracked(tracker)
-    status = "FAILED"
-    try:
-        searcher = run.search(searcher, tracker, sweep_tags)
-        if not searcher.done:
-            status = "KILLED"
-            console.print(
-                f"interrupted; the trials that had finished are in MLflow under sweep {run.sweep_id}",
-                highlight=False,
-                markup=False,
-            )
-            raise KeyboardInterrupt
-        results = run.crown(searcher, tracker, sweep_tags, console)
-        leaderboard = _leaderboard(run, results, [*notices, *searcher.notices], tracking_uri)
-        run.log_leaderboard(tracker, sweep_tags, leaderboard, results)
-        status = "FINISHED" if any(result.champion for result in results) else "FAILED"
-    finally:
-        tracker.finish_sweep(sweep_tags, status)  # type: ignore[arg-type]
+    with terminate_as_interrupt():
+        leaderboard, results = run.execute(searcher, notices, tracker, console)
     failures = [
         result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
         for result in results
@@ -161,6 +148,29 @@ def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | Non
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"
             raise SSNError(f"{dataset} at {data_uri} has no category {name!r}{hint}")
     return {name: open_search_data(data_uri, dataset, name) for name in dict.fromkeys(categories or there)}
+
+
+def check_lasting(out: Path | str, tracking_uri: str) -> None:
+    """Refuse to keep a sweep where it would be lost: a Ray job's working directory goes with the job.
+
+    Raises:
+        SSNError: saying which option to give.
+    """
+    from tuning.tracking.mlflow_tracker import sqlite_path
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # set for a submitted job's driver
+        return
+    if "://" not in str(out) and not Path(out).is_absolute():
+        raise SSNError(
+            f"--out {out} lies in the Ray job's working directory, which is deleted with the job and which other nodes "
+            "do not see; give an s3:// URI, or the absolute path of a folder that all nodes share"
+        )
+    database = sqlite_path(tracking_uri)
+    if database is not None and database.is_relative_to(Path.cwd()):
+        raise SSNError(
+            f"MLflow's database {database} lies in the Ray job's working directory, which is deleted with the job; "
+            "give --tracking-uri http://host:port, or set MLFLOW_TRACKING_URI where the cluster is started"
+        )
 
 
 def connect_ray() -> None:
@@ -254,6 +264,32 @@ class _Run:
         )
         return searcher, notices
 
+    def execute(
+        self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
+    ) -> tuple[Leaderboard, list[CategoryResult]]:
+        """Search, crown and report; however it ends, no run is left open."""
+        sweep_tags = self.tracked(tracker)
+        status = "FAILED"
+        try:
+            searcher = self.search(searcher, tracker, sweep_tags)
+            if not searcher.done:
+                raise KeyboardInterrupt
+            results = self.crown(searcher, tracker, sweep_tags, console)
+            leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
+            self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+            status = "FINISHED" if any(result.champion for result in results) else "FAILED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            console.print(
+                f"interrupted; the trials that had finished are in MLflow under sweep {self.sweep_id}",
+                highlight=False,
+                markup=False,
+            )
+            raise
+        finally:
+            tracker.finish_sweep(sweep_tags, status)
+        return leaderboard, results
+
     def tracked(self, tracker: Any) -> Sweep:
         from tuning.tracking import Sweep
         from tuning.tracking.environment import environment_tags
@@ -289,7 +325,7 @@ class _Run:
         from tuning.tracking.callback import TrackerCallback
         from tuning.train_worker import WorkerSetup, train_in_trial, train_in_worker_group
 
-        settings, placement = self.settings, self.placement
+        settings, placement, stop = self.settings, self.placement, StopFlag()
         store_name = f"features-{self.sweep_id}"
         store = start_feature_store(
             int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
@@ -339,13 +375,17 @@ class _Run:
                 storage_path=storage_path,
                 storage_filesystem=storage_filesystem,
                 verbose=0,
-                callbacks=[ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags)],
+                callbacks=[
+                    ProgressCallback(searcher),
+                    TrackerCallback(tracker, sweep_tags, filesystem=storage_filesystem, stop=stop),
+                ],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 # a worker that dies is tried again from its checkpoint; an error of the training itself is final
                 failure_config=tune.FailureConfig(max_failures=1),
             ),
         )
-        tuner.fit()
+        with stop_tune_in_order(stop):
+            tuner.fit()
         ray.kill(store)
         return searcher_of(tuner)
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from ssn.data.ingest import ingest
 from ssn.data.manifest import Manifest
@@ -21,12 +16,11 @@ from ssn.data.reader import list_categories, open_search_data, open_test_data
 from ssn.data.records import SEARCH_SPLITS
 from ssn.errors import SSNError
 from tests.raw_folders import write_mvtec
+from tests.servers import KEY, SECRET, TIMEOUT_S, free_port, moto_s3, wait_for
 
 pytestmark = pytest.mark.integration
 
 MANIFEST = Manifest(name="parts", layout="mvtec")
-KEY, SECRET = "testing-key", "testing-secret"
-TIMEOUT_S = 60
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +42,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """Endpoint of an S3 server with the empty bucket ``shards``."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=KEY, aws_secret_access_key=SECRET
-    )
-    client.create_bucket(Bucket="shards")
-    client.close()
-    yield endpoint
-    server.stop()
+    with moto_s3("shards") as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
@@ -68,38 +53,18 @@ def rclone(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     if not program.exists():
         pytest.skip(f"no rclone at {program}; install the dev dependencies")
     (tmp_path / "store/shards").mkdir(parents=True)
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen(
         [program, "serve", "s3", tmp_path / "store", "--addr", address, "--auth-key", f"{KEY},{SECRET}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(address)
+        wait_for(address)
         yield f"http://{address}", server
     finally:
         server.terminate()
         server.wait(TIMEOUT_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(address: str) -> None:
-    parts = urlsplit(f"//{address}")
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            socket.create_connection((parts.hostname, parts.port), timeout=1).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 def _uri(endpoint: str, bucket: str = "shards", prefix: str = "a/b") -> str:
@@ -165,7 +130,7 @@ def test_a_missing_bucket_is_named(operation: str, moto: str, raw: Path) -> None
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_endpoint_out_of_reach_is_named(operation: str, raw: Path) -> None:
-    message = _refusal(operation, _uri(f"http://127.0.0.1:{_free_port()}"), raw)
+    message = _refusal(operation, _uri(f"http://127.0.0.1:{free_port()}"), raw)
     assert "the server cannot be reached; check the network and the endpoint (AWS_ENDPOINT_URL" in message
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import requests
 import yaml
 
 from ssn.errors import SSNError
+from tests.servers import ray_head
 from tuning import capacity as module
 from tuning.capacity import (
     Capacity,
@@ -223,13 +220,6 @@ def test_kuberay_cluster_is_asked_for_where_its_account_may(monkeypatch: pytest.
         module.read_head_autoscaling_config()
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.mark.integration
 def test_maximum_of_a_real_autoscaling_cluster_is_found(tmp_path: Path) -> None:
     """A head started as the cluster launcher starts it; its worker type never launches, having no demand."""
@@ -253,35 +243,21 @@ def test_maximum_of_a_real_autoscaling_cluster_is_found(tmp_path: Path) -> None:
     }
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
-    port = free_port()
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(Path(module.__file__).parents[1]),
     }
-    script = (
-        "import json, ray; from tuning.capacity import cluster_capacity\n"
-        f"ray.init(address='127.0.0.1:{port}', log_to_driver=False, logging_level='ERROR')\n"
-        "c = cluster_capacity(); print(json.dumps([c.total('CPU'), c.total('GPU'), c.source]))"
-    )
     log = tmp_path / "head.log"
-    # Its own folder, so that no other Ray on this machine takes it for the current cluster; short, for socket names.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
-        command += [f"--port={port}", f"--ray-client-server-port={free_port()}", f"--temp-dir={ray_folder}"]
-        command += [f"--autoscaling-config={file}", "--include-dashboard=false"]
-        with log.open("w") as output:
-            head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        try:
-            while head.poll() is None and "Ray runtime started" not in log.read_text():
-                time.sleep(0.2)
-            assert head.poll() is None, log.read_text()
-            found = subprocess.run(
-                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
-            )
-        finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(60)
+    options = ("--num-cpus=1", "--include-dashboard=false", f"--autoscaling-config={file}")
+    with ray_head(log, environment, *options) as address:
+        script = (
+            "import json, ray; from tuning.capacity import cluster_capacity\n"
+            f"ray.init(address='{address}', log_to_driver=False, logging_level='ERROR')\n"
+            "c = cluster_capacity(); print(json.dumps([c.total('CPU'), c.total('GPU'), c.source]))"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+        )
     assert found.returncode == 0, found.stderr + log.read_text()
     assert json.loads(found.stdout.splitlines()[-1]) == [25.0, 6.0, "as its autoscaler may grow it"]

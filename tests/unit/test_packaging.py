@@ -82,3 +82,20 @@ def test_constraints_pin_every_direct_dependency() -> None:
     for requirement in wanted:
         name = requirement.split("[")[0].split(">")[0].split("=")[0].strip().lower()
         assert name in pinned, f"{name} is not in constraints.txt; run `make constraints`"
+
+
+def test_what_a_ray_job_uploads_is_small_and_complete(tmp_path: Path) -> None:
+    """``ray job submit --working-dir .``: all code and manifests, no tests, nothing that git ignores."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    expected = {path for folder in ("ssn", "tuning") for path in (ROOT / folder).rglob("*.py")}
+    expected |= {path for folder in ("datasets", "clusters") for path in (ROOT / folder).glob("*.yaml")}
+    missing = {str(path.relative_to(ROOT)) for path in expected} - names
+    assert not missing
+    assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", ".venv/", "demo/"))]
+    assert package.stat().st_size < 1_000_000

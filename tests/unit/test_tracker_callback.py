@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow import fs as pafs
 from ray.exceptions import RayTaskError
 from ray.tune import Checkpoint
 
@@ -105,6 +106,32 @@ def test_train_inside_tune_gives_a_path(tracker: MemoryTracker, checkpoint_dir: 
     driver.report(trial, EPOCHS, checkpoint_path=str(checkpoint_dir))
     driver.complete(trial)
     assert len(tracker.list_artifacts(trial_run(tracker, 0).run_id)) == 3
+
+
+def test_a_path_from_train_lies_on_the_sweeps_file_system(tracker: MemoryTracker, checkpoint_dir: Path) -> None:
+    driver, trial = Driver(tracker), make_trial(0)
+    driver.callback.filesystem = pafs.SubTreeFileSystem(str(checkpoint_dir.parent), pafs.LocalFileSystem())
+    driver.report(trial, EPOCHS, checkpoint_path=checkpoint_dir.name)
+    driver.complete(trial)
+    assert len(tracker.list_artifacts(trial_run(tracker, 0).run_id)) == 3
+
+
+def test_told_to_stop_it_closes_every_run_at_once(tracker: MemoryTracker) -> None:
+    driver, done, running = Driver(tracker), make_trial(0), make_trial(1)
+    driver.report(done, 1)
+    driver.complete(done)
+    driver.report(running, 1)
+    driver.callback.on_step_end(0, [done, running])
+    assert trial_run(tracker, 1).status == "RUNNING"
+    driver.callback.stop.set()
+    driver.callback.on_step_end(1, [done, running])
+    driver.report(running, 2)  # Tune hears of it while it ends the trials
+    driver.callback.on_experiment_end([done, running])
+    states = {r.name: (r.status, r.trial_state) for r in tracker.find_runs("widgets")}
+    assert trial_run(tracker, 0).trial_state == "PRUNED"
+    assert (trial_run(tracker, 1).status, trial_run(tracker, 1).trial_state) == ("KILLED", "INTERRUPTED")
+    assert trial_run(tracker, 1).metrics["epoch"] == 1
+    assert "RUNNING" not in {status for status, _ in states.values()}
 
 
 def test_complete_trial_without_checkpoint_is_a_bug(tracker: MemoryTracker) -> None:

@@ -12,9 +12,11 @@ from ray import cloudpickle
 from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
+from tuning.interrupt import StopFlag
 from tuning.tracking.protocol import STATUS_OF_STATE, RunRecord, Sweep, Tracker, TrialInfo, TrialState, describe_trial
 
 if TYPE_CHECKING:
+    import pyarrow.fs
     from ray.tune import Checkpoint
     from ray.tune.experiment import Trial
 
@@ -34,11 +36,23 @@ class TrackerCallback(Callback):
         tracker: Where to log; ``check()`` and ``start_sweep`` are the caller's, ``finish_sweep`` too, because a sweep
             goes on (champions, test scores) after Tune is done.
         sweep: What :meth:`Tracker.start_sweep` was given.
+        filesystem: Of the checkpoints that Ray Train workers write; None: the local one.
+        stop: True once the sweep was told to stop. All its runs are closed then, before Tune takes its seconds to end
+            the trials: whoever told it may kill it meanwhile.
     """
 
-    def __init__(self, tracker: Tracker, sweep: Sweep) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        sweep: Sweep,
+        *,
+        filesystem: pyarrow.fs.FileSystem | None = None,
+        stop: StopFlag | None = None,
+    ) -> None:
         self.tracker = tracker
         self.sweep = sweep
+        self.filesystem = filesystem
+        self.stop = stop or StopFlag()
         self._open_runs: dict[str, str] = {}  # Tune trial id -> run id
         self._reconciled = False
 
@@ -68,7 +82,7 @@ class TrackerCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        if "epoch" in result:
+        if "epoch" in result and not self.stop:
             tags = {key: str(result[key]) for key in RESULT_TAGS if key in result}
             self.tracker.log_epoch(self._run_id(trial), int(result["epoch"]), epoch_metrics(result), tags=tags)
 
@@ -77,6 +91,11 @@ class TrackerCallback(Callback):
     ) -> None:
         """What a restored trial does not compute again must be in the tracker already."""
         self.tracker.flush(self._run_id(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self.stop:
+            self.tracker.finish_sweep(self.sweep, "KILLED")
+            self._open_runs.clear()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._finish(trial, failed=False)
@@ -106,7 +125,7 @@ class TrackerCallback(Callback):
         elif not reached_last_epoch(trial):
             self.tracker.finish_trial(run_id, "PRUNED")
         else:
-            with model_folder(trial) as folder:
+            with model_folder(trial, self.filesystem) as folder:
                 self.tracker.finish_trial(run_id, "COMPLETE", artifact_dir=folder)
         del self._open_runs[trial.trial_id]
 
@@ -168,10 +187,11 @@ def _load_error(trial: Trial) -> BaseException | str | None:
 
 
 @contextlib.contextmanager
-def model_folder(trial: Trial) -> Iterator[Path]:
+def model_folder(trial: Trial, filesystem: pyarrow.fs.FileSystem | None = None) -> Iterator[Path]:
     """The local folder with a complete trial's model files, downloaded for the time being where it is remote.
 
-    Ray Train inside a trial hands only its checkpoint's path to Tune, in the result's ``checkpoint_path``.
+    Ray Train inside a trial hands only its checkpoint's path to Tune, in the result's ``checkpoint_path``; it lies on
+    ``filesystem``.
     """
     from ray.tune import Checkpoint
 
@@ -180,7 +200,7 @@ def model_folder(trial: Trial) -> Iterator[Path]:
         path = trial.last_result.get("checkpoint_path")
         if not path:
             raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, filesystem)
     with checkpoint.as_directory() as folder:
         nested = Path(folder) / "model"
         yield nested if nested.is_dir() else Path(folder)

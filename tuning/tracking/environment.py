@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -16,13 +18,34 @@ def environment_tags(checkout: Path | None = None) -> dict[str, str]:
 
     Args:
         checkout: Folder whose git commit is recorded; by default the one that holds this package. An installed wheel,
-            or a Ray job's copy of the working directory, has no commit: there the package version has to do.
+            or a Ray job's copy of the working directory, has none: there ``code_digest`` has to do.
     """
+    folder = checkout or Path(__file__).resolve().parents[2]
     return {
-        **git_tags(checkout or Path(__file__).resolve().parents[2]),
+        "code_digest": code_digest(folder),
+        **git_tags(folder),
+        **job_tags(),
         **hardware_tags(),
         **package_tags(),
     }
+
+
+def code_digest(folder: Path) -> str:
+    """SHA-256 of the sources of ``ssn`` and ``tuning`` in ``folder``: equal wherever the code is."""
+    digest = hashlib.sha256()
+    for file in sorted(file for package in ("ssn", "tuning") for file in (folder / package).rglob("*.py")):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def job_tags() -> dict[str, str]:
+    """``ray_job``, the submission id, and whatever the submitter said (``ray job submit --metadata-json``)."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    metadata = {str(key): str(value) for key, value in config.get("metadata", {}).items()}
+    submission_id = metadata.pop("job_submission_id", None)
+    own = {"ray_job": submission_id} if submission_id is not None else {}
+    return {f"ray_job_{key}": value for key, value in metadata.items() if key != "job_name"} | own
 
 
 def git_tags(checkout: Path) -> dict[str, str]:
