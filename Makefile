@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test slow lint format bench ui constraints clean
+.PHONY: help venv demo test cluster slow lint format bench ui constraints clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ $(DEMO)/raw/NOTICE.txt: | $(READY)
 
 test: $(READY) ## Run the tests but the slow ones; those whose data is not there are skipped and say so
 	$(BIN)/python -m pytest
+
+cluster: $(READY) ## Run a sweep as a Ray job, against an object store, an MLflow server and a cluster of its own
+	$(BIN)/python -m pytest -m "cluster and not slow"
 
 slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow -s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -78,7 +79,11 @@ def ray_head(log: Path, env: Mapping[str, str], *options: str, port: int | None 
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={free_port()}"]
         with log.open("wb") as output:
             head = subprocess.Popen(
-                [*command, f"--temp-dir={folder}", *options], env=env, stdout=output, stderr=subprocess.STDOUT
+                [*command, f"--temp-dir={folder}", *options],
+                env=env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             while head.poll() is None and "Ray runtime started" not in log.read_text():
@@ -86,5 +91,6 @@ def ray_head(log: Path, env: Mapping[str, str], *options: str, port: int | None 
             assert head.poll() is None, log.read_text()
             yield f"127.0.0.1:{port}"
         finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(TIMEOUT_S)
+            # its servers are in its process group; told politely, they take half a minute to go, one after the other
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()

@@ -118,6 +118,7 @@ class ProgressCallback(Callback):
         self._shown_s = float("-inf")
         self._live: Live | None = None
         self._announced: set[str] = set()
+        self._waiting = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None, "_console": None, "_started_s": None, "_shown_s": float("-inf")}
@@ -135,6 +136,7 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Refresh, if it is time."""
+        self._waiting = sum(t.status == "PENDING" for t in trials)
         now = self._clock()
         if now - self._shown_s >= (_LIVE_PERIOD_S if self._live else self._interval_s):
             self._show(now)
@@ -194,7 +196,9 @@ class ProgressCallback(Callback):
         elapsed_s = now - (now if self._started_s is None else self._started_s)
         parts = [
             f"{sum(c.ended for c in board)}/{sum(c.expected for c in board)} trials",
-            f"{sum(c.running for c in board)} running",
+            f"{sum(c.running for c in board) - self._waiting} running",
+            # an autoscaling cluster may still be starting their nodes
+            *([f"{self._waiting} waiting for resources"] if self._waiting else []),
             f"{sum(c.pruned for c in board)} pruned",
             f"{sum(c.failed for c in board)} failed",
             f"{sum(c.done for c in board)}/{len(board)} categories",

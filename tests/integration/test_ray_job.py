@@ -124,11 +124,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             ray_head(base / "ray.log", env, *ray_options, f"--dashboard-port={dashboard.rpartition(':')[2]}"),
         ):
             wait_for(dashboard)
+            wait_for(mlflow, timeout_s=120)
             yield Cluster(f"http://{dashboard}", f"http://{mlflow}", s3, env)
 
 
 @contextmanager
 def _mlflow_server(folder: Path, env: dict[str, str], address: str) -> Iterator[None]:
+    """It takes its time to answer, in which Ray can start."""
     host, _, port = address.partition(":")
     command = ["mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
     command += [
@@ -140,7 +142,6 @@ def _mlflow_server(folder: Path, env: dict[str, str], address: str) -> Iterator[
     with (folder / "mlflow.log").open("wb") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_for(address, server, timeout_s=120)
         yield
     finally:
         os.killpg(server.pid, signal.SIGTERM)  # its workers are processes of their own

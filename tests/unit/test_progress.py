@@ -41,8 +41,9 @@ class FakeTrial:
     path = "s3://bucket/sweep/screw-000"
     trial_id = "a"
 
-    def __init__(self, suggestion: dict[str, Any], error_file: Path | None = None) -> None:
+    def __init__(self, suggestion: dict[str, Any], error_file: Path | None = None, status: str = "RUNNING") -> None:
         self.config = suggestion
+        self.status = status
         self.error_file = None if error_file is None else str(error_file)
 
 
@@ -93,6 +94,15 @@ def test_plain_lines_come_once_per_interval() -> None:
     assert lines(out) == [
         "1/4 trials, 1 running, 0 pruned, 0 failed, 0/2 categories, 30 s elapsed, about 12 s left",
     ]
+
+
+def test_trials_whose_node_is_not_there_yet_do_not_run() -> None:
+    search, out, clock = searcher(), io.StringIO(), Clock()
+    shown: Any = ProgressCallback(search, console=Console(file=out, width=200), clock=clock)
+    shown.setup()
+    first, second = search.suggest("a"), search.suggest("b")
+    shown.on_step_end(1, [FakeTrial(first), FakeTrial(second, status="PENDING")])
+    assert "0/4 trials, 1 running, 1 waiting for resources, 0 pruned" in out.getvalue()
 
 
 def test_end_of_a_category_is_announced_once() -> None:
