@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from ssn.errors import SSNError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Report = Callable[[str, int, int], None]
 """Called with what is being worked on, steps done and steps in all."""
@@ -40,9 +43,11 @@ def report_progress(unit: str) -> Iterator[Report]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
+        finished: set[str] = set()
 
         def log(name: str, done: int, total: int) -> None:
-            if done >= total:
+            if done >= total and name not in finished:
+                finished.add(name)
                 print(f"{name}: {done} {unit}", file=sys.stderr, flush=True)
 
         yield log
@@ -79,7 +84,6 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print ``rows`` on stdout as an aligned table; floats get four decimals, what is missing a dash."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -88,7 +92,18 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         # Text, not str: rich would take a path's brackets for markup
         table.add_row(*[Text(_format(row.get(column)), overflow="fold") for column in columns])
-    Console().print(table)
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table on stdout; a pipe, which has no width, gets it unfolded."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = Measurement.get(Console(width=10_000), console.options.update(max_width=10_000), table).maximum
+    console.print(table)
 
 
 def _format(value: Any) -> str:

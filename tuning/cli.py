@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssn.cli import ConfigOption, DataOption, DatasetArgument, JsonOption, SetOption, dataset_name
-from ssn.console import print_table, run_app, write_json
+from ssn.console import print_table, print_whole, run_app, write_json
 from ssn.errors import SSNError
 
 if TYPE_CHECKING:
@@ -153,17 +153,11 @@ def report(
 
 
 def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:
-    """Print a leaderboard on stdout, whole: a pipe gets no less than a wide terminal."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
+    """Print a leaderboard and its notes on stdout."""
     if markdown:
         print(leaderboard.markdown())
         return
-    console, table = Console(), leaderboard.table()
-    if not console.is_terminal:
-        console.width = Measurement.get(Console(width=10_000), console.options.update(max_width=10_000), table).maximum
-    console.print(table)
+    print_whole(leaderboard.table())
     if leaderboard.footer():
         print(leaderboard.footer())
 

@@ -94,7 +94,8 @@ def preprocess(image_HW3: np.ndarray, image_size: tuple[int, int], *, antialias:
     import torch
     from torch.nn import functional as F
 
-    x_3HW = torch.from_numpy(np.ascontiguousarray(image_HW3)).permute(2, 0, 1).float() / 255
+    # torch.tensor copies, and so takes arrays that are not to be written to, as PIL gives them
+    x_3HW = torch.tensor(np.ascontiguousarray(image_HW3)).permute(2, 0, 1).float() / 255
     if x_3HW.shape[1:] != torch.Size(image_size):
         x_13HW = x_3HW[None]
         x_3HW = F.interpolate(x_13HW, size=image_size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -111,6 +111,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_ENDPOINT_URL": s3,
             "AWS_REGION": "us-east-1",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes that nothing here needs
             "MLFLOW_TRACKING_URI": f"http://{mlflow}",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",

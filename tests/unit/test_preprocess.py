@@ -140,3 +140,11 @@ def test_masks_resize_by_nearest_neighbour() -> None:
     wide = np.arange(12) % 3 == 0
     expected = torch.nn.functional.interpolate(torch.tensor(wide).float()[None, None], size=7, mode="nearest")
     assert np.array_equal(resize_mask(wide[None], (1, 7))[0], expected[0, 0].numpy() > 0)
+
+
+def test_read_only_pixels_are_taken() -> None:
+    """PIL's arrays may not be written to."""
+    image_HW3 = draw_image(0, 8, 6)
+    expected_3HW = preprocess(image_HW3, (8, 6), antialias=False)
+    image_HW3.setflags(write=False)
+    assert torch.equal(preprocess(image_HW3, (8, 6), antialias=False), expected_3HW)

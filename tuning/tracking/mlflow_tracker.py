@@ -90,6 +90,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
     # off; whoever wants them sets the variable.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines per trial
     uri = absolute_uri(tracking_uri)
     with warnings.catch_warnings(), explained(uri):
         # SQLAlchemy's deprecation of what MLflow's own tables still use: nothing that a user of this project can mend.
