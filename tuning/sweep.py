@@ -557,4 +557,4 @@ def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[s
 def _stderr() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, soft_wrap=True)
