@@ -5,6 +5,7 @@ Shape legend: B images, C channels, H W position.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -98,6 +99,24 @@ def load_backbone(model: ModelConfig, *, seed: int = 0) -> Backbone:
         _load_tensors(backbone.net, _read_safetensors(model.weights), model, source=model.weights)
     backbone.update_digest()
     return backbone
+
+
+def fold_batch_norms(backbone: Backbone) -> nn.Module:
+    """A copy for inference, in which every convolution has the batch norm behind it folded in where that can be told.
+
+    The copy computes the same maps to rounding. Networks without batch norms, and those whose forward pass depends on
+    values and cannot be traced, are copied as they are.
+    """
+    from torch import fx
+    from torch.fx.experimental.optimization import fuse
+
+    if not _batch_norms(backbone.net):
+        return copy.deepcopy(backbone)
+    try:
+        net = fuse(backbone.net)
+    except fx.proxy.TraceError:
+        return copy.deepcopy(backbone)
+    return Backbone(net, backbone.name, backbone.channels)
 
 
 def backbone_state(backbone: Backbone) -> dict[str, Tensor]:

@@ -124,8 +124,19 @@ def _left_multiply(matrix_XY: Tensor, x_BYZ: Tensor, out: Tensor | None = None) 
     return torch.bmm(matrix_XY.expand(x_BYZ.shape[0], -1, -1), x_BYZ, out=out)
 
 
+def _matmul(a_XY: Tensor, b_YZ: Tensor) -> Tensor:
+    """Product in the coarser of the two precisions, accumulated and returned in float32."""
+    dtype = torch.bfloat16 if torch.bfloat16 in (a_XY.dtype, b_YZ.dtype) else torch.float32
+    return (a_XY.to(dtype) @ b_YZ.to(dtype)).float()
+
+
+def _in_one_piece(device: torch.device) -> bool:
+    """Whether to work on everything at once: on a GPU, and when the network is exported, with any number of images."""
+    return device.type != "cpu" or torch.compiler.is_exporting()
+
+
 def _channel_slices(channels: int, device: torch.device) -> list[slice]:
-    step = CPU_CHANNEL_SLICE if device.type == "cpu" else channels
+    step = channels if _in_one_piece(device) else CPU_CHANNEL_SLICE
     return [slice(i, min(i + step, channels)) for i in range(0, channels, step)]
 
 
@@ -142,11 +153,11 @@ class _SegmentationSlice:
         r, batch, channels = self.resampling, self.batch, fold_dC.shape[0]
         height, width = r.size_HW
         rows = [f.shape[1] for f in self.features]
-        stacked = fold_dC.new_empty(batch, sum(rows), width, channels)
+        stacked = r.pool_H.new_empty(batch, sum(rows), width, channels)
         offset, column = 0, 0
         for f_BhwC, pool_W, h in zip(self.features, r.pool_W, rows, strict=True):
             weight_dC = fold_dC[:, column : column + f_BhwC.shape[3]]
-            low = f_BhwC.flatten(0, 2) @ weight_dC.T
+            low = _matmul(f_BhwC.flatten(0, 2), weight_dC.T)
             wide = _left_multiply(pool_W, low.view(batch * h, -1, channels))
             stacked[:, offset : offset + h] = wide.view(batch, h, width, channels)
             offset += h
@@ -165,7 +176,7 @@ class _SegmentationSlice:
             h = f_BhwC.shape[1]
             rows = stacked[:, offset : offset + h].reshape(batch * h, width, channels)
             low = _left_multiply(pool_W.T, rows)
-            grads.append(low.flatten(0, 1).T @ f_BhwC.flatten(0, 2))
+            grads.append(_matmul(low.flatten(0, 1).T, f_BhwC.flatten(0, 2)))
             offset += h
         return torch.cat(grads, dim=1)
 
@@ -283,7 +294,7 @@ class _SegmentationTraining(torch.autograd.Function):
 def _tiles(x_BPd: Tensor) -> list[slice]:
     """Row ranges of the flattened positions that are worked on at a time: an image on a CPU, everything on a GPU."""
     batch, positions = x_BPd.shape[:2]
-    if x_BPd.device.type != "cpu":
+    if _in_one_piece(x_BPd.device):
         return [slice(0, batch * positions)]
     return [slice(i * positions, (i + 1) * positions) for i in range(batch)]
 
@@ -344,6 +355,12 @@ class FoldedHeads(NamedTuple):
     cls_map: Tensor
     """[25, E]: the map's own channel."""
     cls_bias_HWE: Tensor
+
+    def to(self, dtype: torch.dtype) -> FoldedHeads:
+        """With the large matrices in another precision; biases and what acts on the map stay as they are."""
+        return self._replace(
+            seg_fold_DC=self.seg_fold_DC.to(dtype), cls_fold=tuple(weight.to(dtype) for weight in self.cls_fold)
+        )
 
 
 class SuperSimpleNet(nn.Module):
@@ -409,7 +426,8 @@ class SuperSimpleNet(nn.Module):
         """Both halves of a training batch: the images, and the images again, each view with its own noise.
 
         Args:
-            features_BhwC: Feature maps per layer, channels last, float32.
+            features_BhwC: Feature maps per layer, channels last; their precision, float32 or bfloat16, is that of
+                every matrix product with a weight but the noise's. Sums, batch norms and activations are float32.
             noise: Synthetic anomalies over the 2B views.
             stop_grad: Whether the classification head's loss stops at the map (unsupervised training).
             noise_dtype: Precision of the noise's matrix product (accumulation is float32); the rounding touches only
@@ -421,7 +439,8 @@ class SuperSimpleNet(nn.Module):
         r = self.resampling(features_BhwC)
         noise_NC = _pad_rows(noise.rows_NC.to(noise_dtype))
         seg_noise_ND = (noise_NC @ self.seg_conv.weight.flatten(1).to(noise_dtype).T)[: len(noise.index_N)].float()
-        fold_DC, bias_D = self._seg_fold()
+        dtype = features_BhwC[0].dtype
+        fold_DC, bias_D = self._seg_fold(dtype)
         map_VHW, mean_D, var_D = _SegmentationTraining.apply(
             fold_DC,
             bias_D,
@@ -436,7 +455,7 @@ class SuperSimpleNet(nn.Module):
         )
         _update_running_stats(self.seg_bn, mean_D, var_D, map_VHW.numel())
 
-        clean_BPE = self._cls_clean(features_BhwC, r, self._cls_fold()) + self._cls_bias(r).flatten(0, 1)
+        clean_BPE = self._cls_clean(features_BhwC, r, self._cls_fold(dtype)) + self._cls_bias(r).flatten(0, 1)
         map_cls_VHW = map_VHW.detach() if stop_grad else map_VHW
         hidden_VPE = self._add_map(clean_BPE.repeat(2, 1, 1), map_cls_VHW)
         kernel_25EC = self.cls_conv.weight[:, :-1].permute(2, 3, 0, 1).flatten(0, 1)
@@ -480,7 +499,7 @@ class SuperSimpleNet(nn.Module):
         """Map logits [B, H, W] and score logits [B] of images without synthetic anomalies, with running statistics."""
         r = self.resampling(features_BhwC)
         head = _SegmentationSlice(features_BhwC, r)
-        map_BHW = features_BhwC[0].new_zeros(head.batch, *r.size_HW)
+        map_BHW = r.pool_H.new_zeros(head.batch, *r.size_HW)
         flat = map_BHW.view(-1)
         for s in _channel_slices(folded.seg_fold_DC.shape[0], map_BHW.device):
             hidden_BPd = head.expand(folded.seg_fold_DC[s], folded.seg_bias_D[s])
@@ -497,16 +516,16 @@ class SuperSimpleNet(nn.Module):
 
     # --- pieces, in the order of the module's docstring ---
 
-    def _seg_fold(self) -> tuple[Tensor, Tensor]:
+    def _seg_fold(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         weight_DC = self.seg_conv.weight.flatten(1)
-        fold_DC = weight_DC @ self.adaptor.weight.flatten(1)
+        fold_DC = _matmul(weight_DC.to(dtype), self.adaptor.weight.flatten(1))
         return fold_DC, weight_DC @ _bias(self.adaptor) + _bias(self.seg_conv)
 
-    def _cls_fold(self) -> tuple[Tensor, ...]:
+    def _cls_fold(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Per layer [5, 5 * E, C_l]: the 5x5 kernel, through the adaptor in the icpr variant."""
         kernel = self.cls_conv.weight[:, :-1].permute(2, 3, 0, 1).flatten(0, 2)  # [(dy, dx, e), C]
         if self.adapt_cls:
-            kernel = kernel @ self.adaptor.weight.flatten(1)
+            kernel = _matmul(kernel.to(dtype), self.adaptor.weight.flatten(1))
         return tuple(part.unflatten(0, (CLS_KERNEL, -1)) for part in kernel.split(self.channels, dim=1))
 
     def _cls_map_weight(self) -> Tensor:
@@ -528,7 +547,7 @@ class SuperSimpleNet(nn.Module):
         for f_BhwC, weight, shift_W in zip(features_BhwC, fold, r.shift_W, strict=True):
             h = f_BhwC.shape[1]
             for dy in range(CLS_KERNEL):
-                low = f_BhwC.flatten(0, 2) @ weight[dy].T  # rows (b, y, x), columns (dx, e)
+                low = _matmul(f_BhwC.flatten(0, 2), weight[dy].T)  # rows (b, y, x), columns (dx, e)
                 wide = _left_multiply(shift_W, low.view(batch * h, -1, channels))
                 stacked.append(wide.view(batch, h, width * channels))
         out = _left_multiply(r.shift_H, torch.cat(stacked, dim=1))

@@ -20,7 +20,8 @@ from ssn.checkpoint import Checkpoint, load_checkpoint
 from ssn.config import Config
 from ssn.data.preprocess import decode_image, preprocess
 from ssn.errors import SSNError
-from ssn.model import FoldedHeads, SuperSimpleNet, image_map
+from ssn.inference import InferenceNetwork, Precision
+from ssn.model import SuperSimpleNet, image_map
 
 ImageLike = Image.Image | np.ndarray | Path | str | bytes
 
@@ -46,6 +47,7 @@ class Predictor:
         config: Preprocessing and batch size.
         meta: Of the checkpoint; what the model is of.
         device: Where both run.
+        precision: See :data:`ssn.inference.Precision`.
     """
 
     def __init__(
@@ -56,16 +58,19 @@ class Predictor:
         *,
         meta: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
     ) -> None:
         self.config = config.resolved()
         self.meta = dict(meta or {})
         self.device = torch.device(device)
-        self.net = net.to(self.device).eval()
-        self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last)
-        self._folded: FoldedHeads | None = None
+        self.network = InferenceNetwork(
+            backbone, net, self.config.data.image_size, precision=precision, device=self.device
+        )
 
     @classmethod
-    def from_directory(cls, directory: Path | str, *, device: torch.device | str = "cpu") -> Predictor:
+    def from_directory(
+        cls, directory: Path | str, *, device: torch.device | str = "cpu", precision: Precision = "fp32"
+    ) -> Predictor:
         """Load a self-contained model directory, as ``train`` and the model registry write it.
 
         Raises:
@@ -76,25 +81,26 @@ class Predictor:
             raise SSNError(
                 f"{directory} holds a trial's heads without their backbone; promote the trial or use a champion's model"
             )
-        return cls.from_checkpoint(checkpoint, find_backbone(checkpoint), device=device)
+        return cls.from_checkpoint(checkpoint, find_backbone(checkpoint), device=device, precision=precision)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, backbone: Backbone, *, device: torch.device | str = "cpu"
+        cls,
+        checkpoint: Checkpoint,
+        backbone: Backbone,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
     ) -> Predictor:
         """Put a checkpoint's heads on the backbone they were trained on."""
         net = SuperSimpleNet(backbone.channels, checkpoint.config.model)
         net.load_state_dict(head_tensors(checkpoint))
-        return cls(net, backbone, checkpoint.config, meta=checkpoint.meta, device=device)
+        return cls(net, backbone, checkpoint.config, meta=checkpoint.meta, device=device, precision=precision)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def score_raw(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Map logits at map size [B, H, W] and scores [B] of preprocessed images."""
-        x_BCHW = x_BCHW.to(self.device).contiguous(memory_format=torch.channels_last)
-        features = [m.permute(0, 2, 3, 1).contiguous().float() for m in self.backbone(x_BCHW)]
-        if self._folded is None:
-            self._folded = self.net.fold(features)
-        return self.net.score(features, self._folded)
+        return self.network(x_BCHW.to(self.device))
 
     def predict(self, images: Iterable[ImageLike], *, batch_size: int | None = None) -> Iterator[Prediction]:
         """Score images of any size, a batch at a time.

@@ -19,3 +19,13 @@ PERLIN_ATOL = 1e-5
 
 # Sample statistics, in standard errors.
 STANDARD_ERRORS = 4.0
+
+# Batch norms folded into a backbone's convolutions: other roundings in each of its layers, of the largest value.
+FOLDED_ATOL = 2e-5
+
+# Large products in bfloat16 (8 bits of mantissa) through a backbone and the heads, against float32: of the largest
+# absolute value in the map, and of the scores' scale.
+BF16_INFERENCE_ATOL = 5e-2
+
+# Gradients of a step whose products were all taken in bfloat16, as a share of the gradient's norm.
+BF16_GRADIENT_RTOL = 0.15

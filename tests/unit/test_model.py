@@ -20,7 +20,15 @@ from ssn.errors import SSNError
 from ssn.losses import total_loss
 from ssn.model import CPU_CHANNEL_SLICE, Noise, SuperSimpleNet, image_map, map_size
 from tests import oracle
-from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL, GOLDEN_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL
+from tests.tolerances import (
+    BF16_GRADIENT_RTOL,
+    BF16_INFERENCE_ATOL,
+    FLOAT32_ATOL,
+    FLOAT32_RTOL,
+    GOLDEN_RTOL,
+    GRAD_NORM_ATOL_OF_TOTAL,
+    GRAD_NORM_RTOL,
+)
 
 MARGIN = 1e-6
 """Closer to a kink of an activation than this, float32 and float64 may fall on different sides of it."""
@@ -203,14 +211,14 @@ def random_truth(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("variant", ["icpr", "jims"])
-def test_thirty_optimiser_steps_stay_together(variant: str) -> None:
+def test_a_hundred_optimiser_steps_stay_together(variant: str) -> None:
     case = replace(CASE, model=replace(CASE.model, variant=variant))
     generator = torch.Generator().manual_seed(case.seed)
     net = build(case, generator)
     plain, _ = in_float64(net)
     curves: list[list[float]] = [[], []]
     optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-3, weight_decay=1e-2) for n in (net, plain)]
-    for _ in range(30):
+    for _ in range(100):
         features, noise = draw_features(case, generator), draw_noise(case, generator)
         truth = random_truth(case, generator)
         for n, optimizer, curve, forward in zip(
@@ -253,6 +261,29 @@ def test_bf16_noise_changes_next_to_nothing() -> None:
         difference += float((a.grad - b.grad).square().sum())
         total += float(a.grad.square().sum())
     assert difference**0.5 < 1e-3 * total**0.5
+
+
+@pytest.mark.parametrize("variant", ["icpr", "jims"])
+def test_bf16_features_round_products_and_nothing_else(variant: str) -> None:
+    case = replace(CASE, model=replace(CASE.model, variant=variant), seed=4)
+    generator = torch.Generator().manual_seed(case.seed)
+    exact = build(case, generator).train()
+    rounded = copy.deepcopy(exact)
+    features, noise = draw_features(case, generator), draw_noise(case, generator, sigma=0.015)
+    truth = random_truth(case, generator)
+    maps = []
+    for net, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
+        map_VHW, score_V = net.forward_train([f.to(dtype) for f in features], noise, stop_grad=False)
+        assert map_VHW.dtype == score_V.dtype == torch.float32
+        total_loss(map_VHW, score_V, *truth, truncation=0.5, gamma=4.0).total.backward()
+        maps.append(map_VHW.detach())
+    error = float((maps[0] - maps[1]).abs().max()) / float(maps[0].abs().max())
+    assert 0 < error < BF16_INFERENCE_ATOL
+    gradients = [
+        torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]) for net in (exact, rounded)
+    ]
+    assert gradients[1].dtype == torch.float32
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < BF16_GRADIENT_RTOL
 
 
 def test_other_channels_are_refused() -> None:
