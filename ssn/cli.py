@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -85,6 +85,22 @@ def train(
     set_: SetOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Keep backbone features here for later runs on the same data."),
+    ] = None,
+    cache_gb: Annotated[
+        float, typer.Option("--cache-gb", min=0.0, help="Most the cache may hold; what was used least recently goes.")
+    ] = 20.0,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-gb",
+            min=0.0,
+            help="Most memory for backbone features; beyond it the backbone runs on every batch. "
+            "[default: half of the machine's]",
+        ),
+    ] = None,
 ) -> None:
     """Train one model with fixed settings."""
     from ssn.config import Config
@@ -95,8 +111,11 @@ def train(
     defaults = open_search_data(data, name, category).info.defaults
     settings = load_config(Config, files=config or (), sets=set_ or (), defaults=defaults)
 
-    from ssn.train_job import train as run_train  # after the settings are known to be right: torch takes seconds
+    # after the settings are known to be right: torch takes seconds
+    from ssn.feature_cache import FeatureCache
+    from ssn.train_job import train as run_train
 
+    feature_cache = FeatureCache(cache, int(cache_gb * 1e9)) if cache is not None else None
     with report_progress("epochs") as report:
         result = run_train(
             settings,
@@ -105,7 +124,10 @@ def train(
             category=category,
             out=out,
             device=pick_device(device),
+            cache=feature_cache,
+            memory_bytes=int(memory_gb * 1e9) if memory_gb is not None else None,
             on_progress=report,
+            on_notice=lambda line: print(f"note: {line}", file=sys.stderr, flush=True),
         )
     print_json(result)
 
@@ -139,18 +161,41 @@ def predict(
         Path | None, typer.Option("--heatmaps", metavar="DIR", help="Write each image with its anomaly map over it.")
     ] = None,
     device: DeviceOption = "auto",
+    precision: Annotated[
+        Literal["fp32", "bf16"],
+        typer.Option("--precision", help="bf16: for processors with bfloat16 units."),
+    ] = "fp32",
 ) -> None:
     """Score images: the higher the score (a logit), the more likely a defect."""
     from ssn.train_job import predict as run_predict
 
     with report_progress("images") as report:
-        rows = run_predict(model_dir, images, heatmaps=heatmaps, device=pick_device(device), on_progress=report)
+        rows = run_predict(
+            model_dir,
+            images,
+            heatmaps=heatmaps,
+            device=pick_device(device),
+            precision=precision,
+            on_progress=report,
+        )
     if json_file is not None:
         write_json(json_file, rows)
     if csv_file is not None:
         write_csv(csv_file, rows)
     if json_file is None and csv_file is None:
         print_table(rows)
+
+
+@app.command()
+def export(
+    model_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write, .onnx or .xml.")],
+    format_: Annotated[Literal["onnx", "openvino"], typer.Option("--format", help="Of the runtime.")] = "onnx",
+) -> None:
+    """Write a model for ONNX Runtime or OpenVINO: image in, anomaly map and score out."""
+    from ssn.export import export as run_export
+
+    print(run_export(model_dir, out, format=format_))
 
 
 @app.command("demo-data")

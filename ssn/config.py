@@ -52,8 +52,9 @@ class DataConfig:
     """Height and width, in pixels, that images are resized to."""
     antialias: bool | None = None
     """Whether the bilinear resize filters first; None: as the variant's reference code (icpr false, jims true)."""
-    feature_dtype: Literal["fp16", "fp32"] = "fp16"
-    """How cached backbone features are stored; arithmetic is float32 either way."""
+    feature_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """How backbone features are stored and so rounded; bf16 is coarser than fp16 and has fp32's range. Arithmetic is
+    float32 in any case."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class TrainConfig:
     """Share, in [0, 1], of the labelled defective training images whose masks are used."""
     weak_labels: Literal["drop"] = "drop"
     """What happens to the labelled defective images whose masks are not used: ``drop`` leaves them out."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of every matrix product with a weight but the noise's; bf16 is faster where the processor has bf16
+    units, and changes gradients by some percent of their norm."""
     noise_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the synthetic noise's matrix products; bf16 is faster where the processor has bf16 units."""
     draws_per_epoch: int | None = None
@@ -133,7 +137,8 @@ class Config:
         check("model.seg_channels", m.seg_channels >= 1, m.seg_channels, "at least 1")
         check("model.cls_channels", m.cls_channels >= 1, m.cls_channels, "at least 1")
         check("data.image_size", min(d.image_size) >= 16, d.image_size, "at least 16 pixels a side")
-        check("data.feature_dtype", d.feature_dtype in ("fp16", "fp32"), d.feature_dtype, "fp16 or fp32")
+        check("data.feature_dtype", d.feature_dtype in ("fp16", "bf16", "fp32"), d.feature_dtype, "fp16, bf16 or fp32")
+        check("train.precision", t.precision in ("fp32", "bf16"), t.precision, "fp32 or bf16")
         check("train.noise_precision", t.noise_precision in ("fp32", "bf16"), t.noise_precision, "fp32 or bf16")
         check("eval.size", min(e.size) >= 16, e.size, "at least 16 pixels a side")
         check("eval.batch_size", e.batch_size >= 1, e.batch_size, "at least 1")

@@ -1,4 +1,4 @@
-"""Training and validation of one model on cached features.
+"""Training and validation of one model on the features of a frozen backbone.
 
 The loop knows nothing of Ray: it is handed a ``report`` callable and, to resume, a checkpoint folder. Whoever calls it
 decides where reports go and which checkpoints are kept.
@@ -9,7 +9,7 @@ Shape suffixes: B images of a batch, V = 2B views, H/W map size, N noisy positio
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ from ssn.metrics import Metrics, image_metrics, pixel_metrics
 from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
 from ssn.synthesis import feature_noise, merge_masks, perlin_masks
 
-_NOISE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,10 @@ class Trainer:
         )
         supervised = self.supervision.supervised
         map_VHW, score_V = self.net.forward_train(
-            features_BhwC, noise, stop_grad=not supervised, noise_dtype=_NOISE_DTYPE[train.noise_precision]
+            [f.to(_DTYPE[train.precision]) for f in features_BhwC],
+            noise,
+            stop_grad=not supervised,
+            noise_dtype=_DTYPE[train.noise_precision],
         )
         label_V = mask_VHW.flatten(1).any(1)
         loss = total_loss(
@@ -185,16 +188,17 @@ class Trainer:
         image_B[defect_B] = self.supervision.used[image_B[defect_B]]
         view_B = np.where(defect_B, image_B * pool.num_flips + draws.flip[rows], image_B * train.num_flips)
 
-        def take(from_train: np.ndarray, from_pool: np.ndarray) -> Tensor:
-            out = np.empty((len(rows), *from_train.shape[1:]), from_train.dtype)
-            out[~defect_B], out[defect_B] = from_train[view_B[~defect_B]], from_pool[view_B[defect_B]]
-            return torch.from_numpy(out).to(self.device)
-
-        maps = [take(a, b).float() for a, b in zip(train.maps_VhwC, pool.maps_VhwC, strict=True)]
+        normal_at, defect_at = np.flatnonzero(~defect_B), np.flatnonzero(defect_B)
+        drawn = [(split, at) for split, at in ((train, normal_at), (pool, defect_at)) if len(at)]
+        parts = [
+            [*split.gather(view_B[at], self.device), torch.from_numpy(split.masks_VHW[view_B[at]]).to(self.device)]
+            for split, at in drawn
+        ]
+        *maps, truth_BHW = _interleave(parts, [at for _, at in drawn])
         keys_B = np.empty(len(rows), np.int64)
         keys_B[~defect_B] = self._sample_keys["train"][image_B[~defect_B]]
         keys_B[defect_B] = self._sample_keys["pool"][image_B[defect_B]]
-        return maps, take(train.masks_VHW, pool.masks_VHW), keys_B
+        return [m.float() for m in maps], truth_BHW, keys_B
 
     def validate(self, *, pixel: bool) -> tuple[float, Metrics]:
         """Loss and metrics on the validation split.
@@ -208,9 +212,10 @@ class Trainer:
         self.net.eval()
         folded: FoldedHeads | None = None
         maps, scores = [], []
-        for start in range(0, len(split.ids), self.config.eval.batch_size):
-            part = slice(start, start + self.config.eval.batch_size)
-            batch = [torch.from_numpy(m[part]).to(self.device).float() for m in split.maps_VhwC]
+        views = np.arange(len(split.ids)) * split.num_flips
+        for start in range(0, len(views), self.config.eval.batch_size):
+            part = views[start : start + self.config.eval.batch_size]
+            batch = [m.float() for m in split.gather(part, self.device)]
             folded = folded or self.net.fold(batch)
             map_BHW, score_B = self.net.score(batch, folded)
             maps.append(map_BHW)
@@ -221,8 +226,8 @@ class Trainer:
         loss = total_loss(
             map_NHW,
             score_N,
-            torch.from_numpy(split.masks_VHW).to(self.device),
-            torch.from_numpy(split.labels_N).to(self.device),
+            torch.tensor(split.masks_VHW, device=self.device),  # a copy: features that are shared are read-only
+            torch.tensor(split.labels_N, device=self.device),
             truncation=train.truncation,
             gamma=train.focal_gamma,
             weight_BHW=known.view(-1, 1, 1),
@@ -284,6 +289,18 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.epochs_done = int(checkpoint.meta["epochs_done"])
         self.duration_s = float(checkpoint.meta["duration_s"])
+
+
+def _interleave(parts: Sequence[list[Tensor]], places: Sequence[np.ndarray]) -> list[Tensor]:
+    """Put parts of a batch, each a list of tensors with a row per element of its ``places``, where they belong."""
+    if len(parts) == 1:
+        return parts[0]
+    count = sum(map(len, places))
+    whole = [part.new_empty(count, *part.shape[1:]) for part in parts[0]]
+    for part, place in zip(parts, places, strict=True):
+        for target, rows in zip(whole, part, strict=True):
+            target.index_copy_(0, torch.from_numpy(place).to(rows.device), rows)
+    return whole
 
 
 def learning_rate_factor(epoch: int, epochs: int, gamma: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, Size, SynthesisConfig, TrainConfig
 from ssn.data.reader import CategoryInfo, SplitCount
 from ssn.data.records import SCHEMA_VERSION
-from ssn.features import NUM_FLIPS, CategoryFeatures, SplitFeatures
+from ssn.features import NUM_FLIPS, CachedSplit, CategoryFeatures
 
 CHANNELS = (6, 4)
 SIZES: tuple[Size, ...] = ((6, 5), (3, 3))
@@ -33,7 +33,7 @@ def with_train(config: Config, **changes: object) -> Config:
 
 def plant_split(
     split: str, normal: int, defective: int, *, num_flips: int = 1, masked: int | None = None, seed: int = 0
-) -> SplitFeatures:
+) -> CachedSplit:
     """Normal images are noise around a mean per channel; a defect shifts a third of the image in every channel.
 
     Args:
@@ -66,7 +66,7 @@ def plant_split(
                     m[view, upper, left] += 1.5
         if num_flips == 1 and image < normal + masked:
             eval_masks[image, : EVAL_SIZE[0] // 3, : EVAL_SIZE[1] // 3] = True
-    return SplitFeatures(
+    return CachedSplit(
         maps_VhwC=tuple(maps),
         masks_VHW=masks,
         eval_masks_N=eval_masks,

@@ -29,3 +29,7 @@ BF16_INFERENCE_ATOL = 5e-2
 
 # Gradients of a step whose products were all taken in bfloat16, as a share of the gradient's norm.
 BF16_GRADIENT_RTOL = 0.15
+
+# After some optimiser steps on inputs that agree to rounding: AdamW divides a gradient by its size, so that where it is
+# nearly zero, rounding decides the step. On one machine the difference is usually none at all.
+TRAINED_RTOL = 1e-3

@@ -2,7 +2,8 @@
 
 The store is an actor that needs no CPU. The first trial that asks for a category's features computes them, in its own
 process and on its own device, and hands them over; the others wait and then read them without a copy. Whoever computes
-holds a lease that ends when it stops reporting progress, so that a trial that dies does not hold up the rest.
+holds a lease that ends when it stops reporting progress, so that a trial that dies does not hold up the rest. Where a
+category's features exceed the budget, what is shared is its images.
 """
 
 from __future__ import annotations
@@ -16,20 +17,11 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ssn.config import Config, digest, flatten
 from ssn.features import CategoryFeatures
 
 LEASE_S = 120.0
 """A builder that is silent for this long is taken for dead. Loading a backbone from the hub is silent."""
 POLL_S = 0.5
-
-
-def feature_key(config: Config, *, data_uri: str, category: str, search_fingerprint: str, weights_digest: str) -> str:
-    """What features depend on, and nothing else."""
-    flat = flatten(config.resolved())
-    parts = ("model.backbone", "model.layers", "data.", "eval.size", "eval.batch_size")
-    relevant = {key: value for key, value in flat.items() if key.startswith(parts)}
-    return digest([relevant, data_uri, category, search_fingerprint, weights_digest])
 
 
 @dataclass
@@ -105,7 +97,7 @@ def get_features(
 
     Args:
         store: Handle of the actor.
-        key: From :func:`feature_key`.
+        key: From :func:`ssn.features.feature_key`.
         build: Computes them, given the memory budget in bytes and a callable that tells the store it is alive.
     """
     while True:

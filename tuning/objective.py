@@ -17,7 +17,8 @@ from ssn.config import unflatten
 from ssn.data.reader import CategoryInfo, SearchData
 from ssn.engine import EpochReport, choose_supervision, fit
 from ssn.errors import SSNError
-from ssn.features import CategoryFeatures, extract, prepare_backbone
+from ssn.features import CategoryFeatures, prepare_backbone
+from ssn.streaming import prepare_features
 from tuning.settings import ObjectiveSettings
 
 MEAN_METRIC = "mean(image_auroc, pixel_ap)"
@@ -89,12 +90,12 @@ def build_features(
     budget_bytes: int,
     alive: Callable[[], None],
 ) -> CategoryFeatures:
-    """Compute a category's features in this process."""
+    """Compute a category's features in this process, or hold its images if the features exceed the budget."""
     config = unflatten(flat_config)
     backbone: Backbone = prepare_backbone(config, data)
     alive()
-    return extract(
-        config, data, backbone, device=device, budget_bytes=budget_bytes, on_progress=lambda done, total: alive()
+    return prepare_features(
+        config, data, backbone, budget_bytes=budget_bytes, device=device, on_progress=lambda done, total: alive()
     )
 
 
@@ -112,8 +113,9 @@ def run_trial(
     Args:
         trial: ``{"trial_key", "category", "index", "config"}``.
         context: Of its category.
-        features: Of its category.
-        report: Takes ``epoch``, ``category``, metrics and, at rungs and at the end, ``objective``.
+        features: Of its category, ready for training.
+        report: Takes ``epoch``, ``category``, ``hostname``, ``feature_source`` (``cached`` or ``streamed``), metrics
+            and, at rungs and at the end, ``objective``.
         resume_from: Checkpoint folder of an earlier attempt.
         device: Where to train.
 
@@ -130,6 +132,7 @@ def run_trial(
             "category": trial["category"],
             "masks_used": masks_used,
             "hostname": os.uname().nodename,
+            "feature_source": features.source,
             **epoch.metrics,
         }
         last = epoch.epoch == config.train.epochs

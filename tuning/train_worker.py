@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
-from tuning.feature_store import feature_key, get_features
+from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 
 if TYPE_CHECKING:
@@ -146,21 +146,24 @@ def _load_features(
 ) -> CategoryFeatures:
     import ray
 
+    from ssn.features import feature_key
+    from ssn.streaming import reload_backbone
+
+    config = unflatten(trial["config"])
     key = feature_key(
-        unflatten(trial["config"]),
-        data_uri=setup.data_uri,
-        category=trial["category"],
-        search_fingerprint=context.data.info.search_fingerprint,
-        weights_digest=setup.weights_digest,
+        config, context.data.info, data_uri=setup.data_uri, weights_digest=setup.weights_digest, device=device
     )
     store = ray.get_actor(setup.store_name, namespace=setup.namespace)
-    return get_features(
+    features = get_features(
         store,
         key,
         lambda budget_bytes, alive: build_features(
             trial["config"], context.data, device=device, budget_bytes=budget_bytes, alive=alive
         ),
     )
+    if features.source == "cached":
+        return features
+    return features.with_backbone(reload_backbone(config, features), device=device)
 
 
 def _local_device(setup: WorkerSetup) -> str:

@@ -111,7 +111,9 @@ def commands(app: typer.Typer) -> list[tuple[str, ...]]:
 
 
 def test_every_command_is_there() -> None:
-    assert {" ".join(c) for c in commands(ssn.cli.app)} == {"ingest", "train", "evaluate", "predict", "demo-data"}
+    assert {" ".join(c) for c in commands(ssn.cli.app)} == {
+        *("ingest", "train", "evaluate", "predict", "export", "demo-data"),
+    }
     assert {" ".join(c) for c in commands(tuning.cli.app)} == {
         "sweep",
         "report",
@@ -188,6 +190,45 @@ def test_train_refuses_an_unknown_setting_before_it_trains(run: Run) -> None:
     assert err.splitlines()[-1] == (
         "error: unknown config key train.epoch (--set train.epoch=3); did you mean train.epochs?"
     )
+    assert not Path("model").exists()
+
+
+TINY = (
+    *("--set", "model.backbone=resnet18", "--set", "model.weights=random", "--set", "model.seg_channels=8"),
+    *("--set", "model.cls_channels=4", "--set", "data.image_size=32", "--set", "train.epochs=1"),
+)
+
+
+def test_train_keeps_features_and_minds_memory(run: Run) -> None:
+    """Stdout is the result alone; what does not fit is one line on stderr."""
+    ingest_tiny(run)
+    base = ("train", "synthetic_surfaces", "--data", "shards", "--category", "woven", "--out", "model", *TINY)
+    status, out, err = run(ssn.cli.app, *base, "--cache", "features")
+    assert status == 0, err
+    assert json.loads(out)["feature_source"] == "cached"
+    assert "features of woven: " in err
+    (kept,) = Path("features").iterdir()
+    assert (kept / "meta.json").exists()
+    status, out, err = run(ssn.cli.app, *base, "--cache", "features")
+    assert status == 0, err
+    assert "features of woven: " not in err
+    status, out, err = run(ssn.cli.app, *base, "--set", "data.image_size=128", "--memory-gb", "0.0005")
+    assert status == 0, err
+    assert json.loads(out)["feature_source"] == "streamed"
+    (note,) = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "more than the 0.5 MB there is for them; its images are kept instead" in note
+
+
+def test_cache_that_cannot_be_written_is_one_line(run: Run) -> None:
+    ingest_tiny(run)
+    Path("file").write_text("")
+    status, _, err = run(
+        ssn.cli.app,
+        *("train", "synthetic_surfaces", "--data", "shards", "--category", "woven", "--out", "model", *TINY),
+        *("--cache", "file"),
+    )
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: cannot write to the feature cache file: File exists; choose another")
     assert not Path("model").exists()
 
 

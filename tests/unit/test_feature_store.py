@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from ssn.config import Config
 from ssn.errors import SSNError
-from tests.planted_features import CONFIG, with_train
 from tuning import feature_store
-from tuning.feature_store import LEASE_S, FeatureStore, feature_key, get_features
+from tuning.feature_store import LEASE_S, FeatureStore, get_features
 
 
 class Clock:
@@ -189,41 +186,3 @@ def test_waiting_trial_takes_over_from_a_dead_builder(
 
     monkeypatch.setattr(feature_store.time, "sleep", sleep)
     assert isinstance(get_features(actor, "a", lambda budget_bytes, alive: Built()), Built)  # type: ignore[arg-type,return-value]
-
-
-WHERE = {"data_uri": "/data", "category": "plate", "search_fingerprint": "f", "weights_digest": "w"}
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        replace(CONFIG, data=replace(CONFIG.data, image_size=(64, 40))),
-        replace(CONFIG, data=replace(CONFIG.data, feature_dtype="fp16")),
-        replace(CONFIG, data=replace(CONFIG.data, antialias=True)),
-        replace(CONFIG, model=replace(CONFIG.model, backbone="resnet18")),
-        replace(CONFIG, model=replace(CONFIG.model, layers=(1, 2))),
-        replace(CONFIG, model=replace(CONFIG.model, variant="jims")),  # its preprocessing differs
-        replace(CONFIG, eval=replace(CONFIG.eval, size=(32, 32))),
-    ],
-)
-def test_key_depends_on_what_features_depend_on(other: Config) -> None:
-    assert feature_key(other, **WHERE) != feature_key(CONFIG, **WHERE)
-
-
-@pytest.mark.parametrize("key", WHERE)
-def test_key_depends_on_the_data_and_the_weights(key: str) -> None:
-    assert feature_key(CONFIG, **{**WHERE, key: "other"}) != feature_key(CONFIG, **WHERE)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        with_train(CONFIG, epochs=7, train_seed=5, label_seed=3, supervision_ratio=0.5, batch_size=9, lr_heads=1e-5),
-        replace(CONFIG, synthesis=replace(CONFIG.synthesis, noise_sigma=0.1, perlin_threshold=0.6)),
-        replace(CONFIG, model=replace(CONFIG.model, seg_channels=9, cls_channels=9, align_corners=False)),
-        replace(CONFIG, eval=replace(CONFIG.eval, aupro_fpr_limit=0.05)),
-        CONFIG.resolved(),
-    ],
-)
-def test_trials_that_differ_in_training_alone_share_features(other: Config) -> None:
-    assert feature_key(other, **WHERE) == feature_key(CONFIG, **WHERE)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ from ssn.engine import EpochReport, Trainer, fit
 from ssn.errors import SSNError
 from ssn.features import (
     NUM_FLIPS,
+    CachedSplit,
     CategoryFeatures,
-    SplitFeatures,
     downsample_mask,
     estimate_bytes,
     extract,
@@ -63,9 +63,9 @@ def shards(tiny_data: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "shards"))
 
 
-def split_of(features: CategoryFeatures, name: str) -> SplitFeatures:
+def split_of(features: CategoryFeatures, name: str) -> CachedSplit:
     split = getattr(features, name)
-    assert isinstance(split, SplitFeatures)
+    assert isinstance(split, CachedSplit)
     return split
 
 
@@ -120,7 +120,7 @@ def test_maps_and_masks_have_their_sizes(features: CategoryFeatures, tiny_config
 
 
 def test_masks_line_up_with_flips(features: CategoryFeatures, search: SearchData, tiny_config: Config) -> None:
-    pool = features.pool
+    pool = split_of(features, "pool")
     samples = list(search.stream("pool"))
     assert len(pool.masks_VHW) == NUM_FLIPS * len(samples) > 0
     for i, sample in enumerate(samples):
@@ -172,16 +172,13 @@ def test_flips_undo_themselves(which: int) -> None:
     torch.testing.assert_close(flip(x, which), by_hand, rtol=FLOAT32_RTOL, atol=FLOAT32_ATOL)
 
 
-def test_estimate_is_exact_and_the_budget_is_kept(
-    tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_estimate_is_exact(
+    dtype: Literal["fp16", "bf16", "fp32"], tiny_config: Config, search: SearchData, backbone: Backbone
 ) -> None:
+    config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype=dtype))
     sizes = [(64, (8, 12)), (128, (4, 6))]
-    assert estimate_bytes(tiny_config, search.info, sizes) == features.num_bytes
-    extract(tiny_config, search, backbone, budget_bytes=features.num_bytes)
-    with pytest.raises(
-        SSNError, match=r"^the features of tiny/widget take 0\.0 GB, more than the .* lower data\.image"
-    ):
-        extract(tiny_config, search, backbone, budget_bytes=features.num_bytes - 1)
+    assert estimate_bytes(config, search.info, sizes) == extract(config, search, backbone).num_bytes
 
 
 def test_progress_reaches_the_total(tiny_config: Config, search: SearchData, backbone: Backbone) -> None:
@@ -197,21 +194,50 @@ def test_progress_reaches_the_total(tiny_config: Config, search: SearchData, bac
 def test_fp32_storage(tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures) -> None:
     config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype="fp32"))
     exact = extract(config, search, backbone)
-    for full, half in zip(exact.train.maps_VhwC, features.train.maps_VhwC, strict=True):
+    for full, half in zip(split_of(exact, "train").maps_VhwC, split_of(features, "train").maps_VhwC, strict=True):
         assert full.dtype == np.float32
         np.testing.assert_array_equal(full.astype(np.float16), half)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_bf16_storage(tiny_config: Config, search: SearchData, backbone: Backbone) -> None:
+    """Kept as the upper half of a float32's bits, rounded to nearest, and read as such."""
+    exact, coarse = (
+        extract(replace(tiny_config, data=replace(tiny_config.data, feature_dtype=dtype)), search, backbone)
+        for dtype in ("fp32", "bf16")
+    )
+    views = np.array([3, 0, 3])
+    for layer, gathered in enumerate(coarse.train.gather(views, torch.device("cpu"))):
+        stored = split_of(coarse, "train").maps_VhwC[layer]
+        full = split_of(exact, "train").maps_VhwC[layer]
+        assert stored.dtype == np.uint16
+        assert gathered.dtype == torch.bfloat16
+        bits = (stored.astype(np.uint32) << 16).view(np.float32)
+        np.testing.assert_array_equal(gathered.float().numpy(), bits[views])
+        np.testing.assert_allclose(bits, full, rtol=2**-8, atol=0)
+        assert not np.array_equal(bits, full)
+
+
+def test_gathered_views_come_in_the_order_asked_for(features: CategoryFeatures) -> None:
+    views = np.array([5, 0, 9, 5])
+    for m, gathered in zip(
+        split_of(features, "pool").maps_VhwC, features.pool.gather(views, torch.device("cpu")), strict=True
+    ):
+        assert gathered.dtype == torch.float16
+        np.testing.assert_array_equal(gathered.numpy(), m[views])
+
+
 def test_features_beyond_float16_are_refused(tiny_config: Config, search: SearchData) -> None:
     backbone = prepare_backbone(tiny_config, search)
     backbone.register_forward_hook(lambda module, inputs, maps: tuple(m * 1e6 for m in maps))
     with pytest.raises(
-        SSNError, match=r"^backbone features exceed float16's range; use --set data\.feature_dtype=fp32"
+        SSNError,
+        match=r"^backbone features exceed float16's range; use --set data\.feature_dtype=fp32, or bf16 at half",
     ):
         extract(tiny_config, search, backbone)
-    config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype="fp32"))
-    assert np.isfinite(extract(config, search, backbone).train.maps_VhwC[0]).all()
+    for dtype in ("fp32", "bf16"):
+        config = replace(tiny_config, data=replace(tiny_config.data, feature_dtype=dtype))  # type: ignore[arg-type]
+        (first, _) = extract(config, search, backbone).train.gather(np.array([0]), torch.device("cpu"))
+        assert first.isfinite().all()
 
 
 def test_pool_images_without_masks_are_left_out(tmp_path: Path, tiny_config: Config) -> None:
@@ -242,7 +268,7 @@ def test_random_weights_are_calibrated_on_normal_images(
         if name.endswith(("running_mean", "running_var"))
     }
     # what the noise's sigma refers to
-    for m in features.train.maps_VhwC:
+    for m in split_of(features, "train").maps_VhwC:
         assert 0.1 < m.astype(np.float32).std() < 10
 
 

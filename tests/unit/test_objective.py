@@ -114,6 +114,7 @@ def test_trial_reports_every_epoch_and_its_objective_at_the_rungs(tmp_path: Path
         assert ("objective" in result) == at_rung == (save is not None)
         assert result["category"] == "plate"
         assert result["masks_used"] == 2
+        assert result["feature_source"] == "cached"
         if at_rung:
             mean = (result["val_image_auroc"] + result["val_pixel_ap"]) / 2
             assert result["objective"] == pytest.approx(mean - 0.02)

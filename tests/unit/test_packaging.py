@@ -77,7 +77,8 @@ def test_the_demos_settings_load() -> None:
 
 def test_constraints_pin_every_direct_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"].values()
+    wanted = [w for group in (project["dependencies"], *extras) for w in group if not w.startswith(project["name"])]
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     for requirement in wanted:
         name = requirement.split("[")[0].split(">")[0].split("=")[0].strip().lower()

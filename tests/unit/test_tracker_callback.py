@@ -83,10 +83,13 @@ def test_full_budget_is_complete_with_its_model(tracker: MemoryTracker, checkpoi
     driver, trial = Driver(tracker), make_trial(0, checkpoint_dir)
     driver.start(trial)
     for epoch in range(1, EPOCHS + 1):
-        driver.report(trial, epoch, objective=epoch / 10, val_pixel_ap=None, hostname="node-a")
+        driver.report(
+            trial, epoch, objective=epoch / 10, val_pixel_ap=None, hostname="node-a", feature_source="streamed"
+        )
     driver.complete(trial)
     run = trial_run(tracker, 0)
     assert (run.status, run.trial_state, run.tags["hostname"]) == ("FINISHED", "COMPLETE", "node-a")
+    assert run.tags["feature_source"] == "streamed"
     assert run.metrics == {"objective": 0.3, "epoch": 3.0, "elapsed_s": 6.0}
     assert tracker.list_artifacts(run.run_id) == [f"model/{name}" for name in sorted(TRIAL_MODEL_FILES)]
 

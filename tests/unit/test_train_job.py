@@ -17,9 +17,11 @@ from ssn.config import Config
 from ssn.data.reader import open_test_data
 from ssn.errors import SSNError
 from ssn.evaluation import evaluate_samples
+from ssn.feature_cache import FeatureCache
 from ssn.predictor import Predictor
 from ssn.train_job import evaluate, predict, train, unique_names
 from tests.raw_folders import draw_image, write_image
+from tests.tolerances import TRAINED_RTOL
 
 
 def test_training_reports_and_leaves_a_model(tiny_data: Path, tiny_config: Config, tmp_path: Path) -> None:
@@ -33,7 +35,7 @@ def test_training_reports_and_leaves_a_model(tiny_data: Path, tiny_config: Confi
         on_progress=lambda what, done, total: seen.append((what, done, total)),
     )
     assert result["model"] == str(tmp_path / "model")
-    assert result["masks_used"] == 6
+    assert (result["masks_used"], result["feature_source"]) == (6, "cached")
     assert {"train_loss", "val_image_auroc", "val_pixel_ap"} <= set(result["metrics"])
     assert result["undefined"] == {}
     assert [entry for entry in seen if entry[0] == "training widget"] == [("training widget", e, 2) for e in (1, 2)]
@@ -68,7 +70,7 @@ def test_validation_metrics_are_those_of_the_written_model(
 def test_folder_of_something_else_is_not_overwritten(
     tiny_data: Path, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_job, "extract", lambda *a, **k: pytest.fail("worked for nothing"))
+    monkeypatch.setattr(train_job, "load_features", lambda *a, **k: pytest.fail("worked for nothing"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
     (tmp_path / "file").write_text("")
@@ -82,6 +84,93 @@ def test_model_directory_is_replaced(tiny_data: Path, tiny_config: Config, tiny_
     config = replace(tiny_config, train=replace(tiny_config.train, train_seed=9, epochs=1))
     train(config, data_uri=str(tiny_data), dataset="tiny", category="widget", out=out)
     assert load_checkpoint(out).config == config.resolved()
+
+
+def same_model(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, value in first.tensors.items():
+        torch.testing.assert_close(second.tensors[name], value, rtol=TRAINED_RTOL, atol=TRAINED_RTOL, msg=name)
+    assert first.backbone is not None
+    assert second.backbone is not None
+    assert all(torch.equal(value, second.backbone[name]) for name, value in first.backbone.items())
+
+
+def test_without_memory_the_backbone_runs_on_every_batch(
+    tiny_data: Path, tiny_config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    notices: list[str] = []
+    result = train(
+        tiny_config,
+        data_uri=str(tiny_data),
+        dataset="tiny",
+        category="widget",
+        out=tmp_path / "model",
+        memory_bytes=300_000,
+        on_notice=notices.append,
+    )
+    assert result["feature_source"] == "streamed"
+    (notice,) = notices
+    assert "tiny/widget take 0.8 MB, more than the 0.3 MB" in notice
+    same_model(tiny_model, tmp_path / "model")
+
+
+def test_cached_features_serve_the_next_run(
+    tiny_data: Path, tiny_config: Config, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one with other training settings, and for a model that is the same as without a cache."""
+    cache = FeatureCache(tmp_path / "cache", 10**9)
+    seen: list[str] = []
+
+    def run(out: str, config: Config = tiny_config, category: str = "widget") -> None:
+        result = train(
+            config,
+            data_uri=str(tiny_data),
+            dataset="tiny",
+            category=category,
+            out=tmp_path / out,
+            cache=cache,
+            memory_bytes=0,  # what is mapped from a disk needs none
+            on_progress=lambda what, done, total: seen.append(what),
+            on_notice=lambda line: pytest.fail(line),
+        )
+        assert result["feature_source"] == "cached"
+
+    run("first")
+    assert "features of widget" in seen
+    same_model(tiny_model, tmp_path / "first")
+    seen.clear()
+    monkeypatch.setattr(train_job, "extract", lambda *a, **k: pytest.fail("computed again"))
+    run("second")
+    run("third", replace(tiny_config, train=replace(tiny_config.train, train_seed=9, epochs=1)))
+    assert set(seen) == {"training widget"}
+    same_model(tiny_model, tmp_path / "second")
+    monkeypatch.undo()
+    run("other", category="gadget")
+    run("larger", replace(tiny_config, data=replace(tiny_config.data, image_size=(48, 48))))
+    assert len(list(cache.folder.iterdir())) == 3
+
+
+def test_features_larger_than_the_cache_stay_in_memory(
+    tiny_data: Path, tiny_config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", 100)
+    notices: list[str] = []
+    result = train(
+        tiny_config,
+        data_uri=str(tiny_data),
+        dataset="tiny",
+        category="widget",
+        out=tmp_path / "model",
+        cache=cache,
+        on_notice=notices.append,
+    )
+    assert result["feature_source"] == "cached"
+    assert notices == [
+        f"the features of widget take 0.8 MB, more than the 0.0 MB of the cache {cache.folder}; they are not kept there"
+    ]
+    assert list(cache.folder.iterdir()) == []
+    same_model(tiny_model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("split", ["test", "validation", "pool", "train"])

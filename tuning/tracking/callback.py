@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 RESULT_KEYS_NOT_LOGGED = frozenset({*AUTO_RESULT_KEYS, *DEBUG_METRICS, "epoch", "done", "experiment_tag"})
-RESULT_TAGS = ("hardware", "hostname")
-"""Text in a trial's results that becomes a tag: where it ran, which on a cluster is not where the driver runs."""
+RESULT_TAGS = ("hardware", "hostname", "feature_source")
+"""Text in a trial's results that becomes a tag: where it ran, which on a cluster is not where the driver runs, and
+whether its features were ``cached`` or, for lack of memory, ``streamed``."""
 
 
 class TrackerCallback(Callback):

@@ -1,0 +1,103 @@
+"""What a trial trains on: features from the store, or images from it where features exceed the budget. Without Ray."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssn.backbone import load_backbone
+from ssn.config import Config, flatten
+from ssn.data.reader import open_search_data
+from ssn.features import CategoryFeatures
+from tests.tolerances import TRAINED_RTOL
+from tuning import objective, train_worker
+from tuning.feature_store import FeatureStore
+from tuning.objective import TrialContext, run_trial
+from tuning.settings import ObjectiveSettings
+from tuning.train_worker import Placement, WorkerSetup
+
+
+class Actor:
+    """A store behind an actor's calls, each carried out at once."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return type("Method", (), {"remote": staticmethod(getattr(self._store, name))})
+
+
+class FakeRay:
+    """One actor, and an object store that gives out read-only arrays."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._actor = Actor(store)
+
+    def get_actor(self, name: str, namespace: str) -> Actor:
+        return self._actor
+
+    def put(self, value: Any) -> Any:
+        buffers: list[pickle.PickleBuffer] = []
+        body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        return ("ref", body, [bytes(buffer.raw()) for buffer in buffers])
+
+    def get(self, answer: Any) -> Any:
+        if isinstance(answer, tuple) and answer[0] == "ref":
+            return pickle.loads(answer[1], buffers=answer[2])
+        return answer
+
+
+def run(
+    tiny_data: Path, config: Config, monkeypatch: pytest.MonkeyPatch, *, budget_bytes: int
+) -> tuple[CategoryFeatures, list[dict[str, Any]]]:
+    """Load features as two trials do, and train the second."""
+    import ray
+
+    fake = FakeRay(FeatureStore(budget_bytes))
+    for name in ("get_actor", "put", "get"):
+        monkeypatch.setattr(ray, name, getattr(fake, name))
+    context = TrialContext(
+        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rung_epochs=()
+    )
+    setup = WorkerSetup(
+        contexts={"widget": context},
+        data_uri=str(tiny_data),
+        weights_digest=load_backbone(config.model).digest,
+        store_name="features",
+        namespace="sweep",
+        placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),
+        storage_path="",
+        storage_filesystem=None,
+    )
+    trial = {"trial_key": "k", "category": "widget", "index": 0, "config": flatten(config)}
+    first = train_worker._load_features(trial, setup, context, "cpu")
+    with monkeypatch.context() as second:
+        second.setattr(objective, "prepare_features", lambda *a, **k: pytest.fail("built twice"))
+        features = train_worker._load_features(trial, setup, context, "cpu")
+    assert features.source == first.source
+    results: list[dict[str, Any]] = []
+    run_trial(
+        trial,
+        context,
+        features,
+        report=lambda result, save: results.append(result),
+        resume_from=None,
+        device="cpu",
+    )
+    return features, results
+
+
+def test_trial_without_room_for_features_streams_and_says_so(
+    tiny_data: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, expected = run(tiny_data, tiny_config, monkeypatch, budget_bytes=10**9)
+    made, results = run(tiny_data, tiny_config, monkeypatch, budget_bytes=kept.num_bytes - 1)
+    assert (kept.source, made.source) == ("cached", "streamed")
+    assert {r["feature_source"] for r in expected} == {"cached"}
+    assert {r["feature_source"] for r in results} == {"streamed"}
+    for before, after in zip(expected, results, strict=True):
+        for name in ("train_loss", "val_loss", "val_image_auroc"):
+            assert after[name] == pytest.approx(before[name], rel=TRAINED_RTOL)
