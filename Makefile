@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
 DEMO := demo
 
 .DEFAULT_GOAL := help
@@ -49,8 +50,14 @@ format: $(READY) ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Time the heads against their plain formulation
-	$(BIN)/python -m tests.benchmarks.heads
+# anomalib and its dependencies fit into the same environment: they leave every version of constraints.txt as it is
+$(BENCH_READY): $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,bench]' \
+		|| $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	touch $@
+
+bench: $(BENCH_READY) ## Compare speed and memory with anomalib's implementation: hours; BENCH="--only infer" for a part
+	$(BIN)/python -m tests.benchmarks.peer $(BENCH)
 
 ui: $(READY) ## Show the demo's runs and models in a browser
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db
