@@ -4,7 +4,8 @@
 printed as it comes and is on disk after every round, so that an interruption loses nothing (``--resume`` goes on).
 
 * ``train``: a training step, optimiser included. anomalib's begins at the images, as it always does; ours on cached
-  features, and with the backbone in every step. bf16 is autocast there; here it is that of all products with weights, or of the noise's.
+  features, and with the backbone in every step. bf16 is autocast there; here, that of all products with weights, or of
+  the noise's alone.
 * ``infer``: latency of one image, throughput of 16, from a preprocessed image to its smoothed map and score.
 * ``export``: what anomalib's own exporter writes, run by OpenVINO and ONNX Runtime, against ours native and exported.
 * ``memory``: peak beyond imports, weights and inputs, each side in a process of its own.
