@@ -10,11 +10,14 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 import yaml
+from jsonschema.exceptions import best_match
+from kubernetes import client
+from pydantic import BaseModel, ConfigDict
 
 from tuning.capacity import from_autoscaling_config, max_concurrent, use_gpu
 
@@ -218,107 +221,149 @@ def test_three_lines_are_to_edit(path: Path) -> None:
 
 # --- Kubernetes, KubeRay
 
-QUANTITY = (str, int)
-RESOURCES = {"requests": {str: QUANTITY}, "limits": {str: QUANTITY}}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "args": [str],
-    "env": [{"name": str, "value": str}],
-    "resources": RESOURCES,
-    "restartPolicy": {"Always"},
-    "startupProbe": {"exec": {"command": [str]}, "periodSeconds": int, "failureThreshold": int},
-    "volumeMounts": [{"name": str, "mountPath": str}],
+
+class Resource(BaseModel):
+    """What the API server asks of every resource: no unknown fields, no value of another type than the declared one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class AuthOptions(Resource):
+    enableK8sTokenAuth: bool | None = None
+    secretName: str | None = None
+    mode: Literal["disabled", "token"] | None = None
+
+
+class AutoscalerOptions(Resource):
+    resources: client.V1ResourceRequirements | None = None
+    image: str | None = None
+    imagePullPolicy: str | None = None
+    securityContext: client.V1SecurityContext | None = None
+    idleTimeoutSeconds: int | None = None
+    upscalingMode: Literal["Default", "Aggressive", "Conservative"] | None = None
+    version: Literal["v1", "v2"] | None = None
+    env: list[client.V1EnvVar] | None = None
+    envFrom: list[client.V1EnvFromSource] | None = None
+    volumeMounts: list[client.V1VolumeMount] | None = None
+
+
+class RedisCredential(Resource):
+    value: str | None = None
+    valueFrom: client.V1EnvVarSource | None = None
+
+
+class GcsFaultToleranceOptions(Resource):
+    redisUsername: RedisCredential | None = None
+    redisPassword: RedisCredential | None = None
+    externalStorageNamespace: str | None = None
+    redisAddress: str | None = None
+
+
+class UpgradeStrategy(Resource):
+    type: Literal["Recreate", "None"] | None = None
+
+
+class ScaleStrategy(Resource):
+    workersToDelete: list[str] | None = None
+
+
+class GroupSpec(Resource):
+    template: client.V1PodTemplateSpec
+    rayStartParams: dict[str, str] | None = None
+    resources: dict[str, str] | None = None
+    labels: dict[str, str] | None = None
+
+
+class HeadGroupSpec(GroupSpec):
+    headService: client.V1Service | None = None
+    enableIngress: bool | None = None
+    serviceType: str | None = None
+
+
+class WorkerGroupSpec(GroupSpec):
+    groupName: str
+    suspend: bool | None = None
+    replicas: int | None = None
+    minReplicas: int
+    maxReplicas: int
+    idleTimeoutSeconds: int | None = None
+    scaleStrategy: ScaleStrategy | None = None
+    numOfHosts: int | None = None
+
+
+class RayClusterSpec(Resource):
+    headGroupSpec: HeadGroupSpec
+    upgradeStrategy: UpgradeStrategy | None = None
+    authOptions: AuthOptions | None = None
+    suspend: bool | None = None
+    managedBy: Literal["ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"] | None = None
+    autoscalerOptions: AutoscalerOptions | None = None
+    headServiceAnnotations: dict[str, str] | None = None
+    enableInTreeAutoscaling: bool | None = None
+    gcsFaultToleranceOptions: GcsFaultToleranceOptions | None = None
+    rayVersion: str | None = None
+    workerGroupSpecs: list[WorkerGroupSpec] | None = None
+
+
+class RayCluster(Resource):
+    """The ``spec`` of KubeRay 1.6.2's custom resource definition ``ray.io/v1``, every field of it.
+
+    Pods, services and what else is Kubernetes' own comes from Kubernetes' own client, which is made from its OpenAPI
+    definition; the definition of KubeRay repeats that part word by word.
+    """
+
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCluster"]
+    metadata: client.V1ObjectMeta
+    spec: RayClusterSpec
+
+
+DEFINITIONS: dict[str, type[BaseModel]] = {
+    "RayCluster": RayCluster,
+    "ServiceAccount": client.V1ServiceAccount,
+    "PersistentVolumeClaim": client.V1PersistentVolumeClaim,
 }
-POD_TEMPLATE = {
-    "spec": {
-        "serviceAccountName": str,
-        "securityContext": {"fsGroup": int},
-        "initContainers": [CONTAINER],
-        "containers": [CONTAINER],
-        "tolerations": [{"key": str, "operator": {"Exists", "Equal"}, "effect": {"NoSchedule", "NoExecute"}}],
-        "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
-    }
-}
-RAY_CLUSTER = {
-    "apiVersion": {"ray.io/v1"},
-    "kind": {"RayCluster"},
-    "metadata": {"name": str},
-    "spec": {
-        "rayVersion": str,
-        "authOptions": {"mode": {"disabled", "token"}, "secretName": str, "enableK8sTokenAuth": bool},
-        "enableInTreeAutoscaling": bool,
-        "autoscalerOptions": {
-            "version": {"v1", "v2"},
-            "idleTimeoutSeconds": int,
-            "upscalingMode": {"Default", "Aggressive", "Conservative"},
-            "resources": RESOURCES,
-        },
-        "headGroupSpec": {"rayStartParams": {str: str}, "template": POD_TEMPLATE},
-        "workerGroupSpecs": [
-            {
-                "groupName": str,
-                "replicas": int,
-                "minReplicas": int,
-                "maxReplicas": int,
-                "idleTimeoutSeconds": int,
-                "rayStartParams": {str: str},
-                "template": POD_TEMPLATE,
-            }
-        ],
-    },
-}
-"""Of KubeRay 1.6's RayCluster, and of Kubernetes' pods, the fields that a file like ours may use, and their types.
-
-A type: values of it; a set: one of these strings; a list: an array; a dict: an object of these fields and no others,
-or, with the key ``str``, of any fields. The whole definition, for those who have it, is in ``$KUBERAY_CRD``.
-"""
 
 
-def misfits(value: Any, shape: Any, at: str = "") -> list[str]:
-    """Where a value differs from its shape."""
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return [f"{at} is no object"]
-        if str in shape:
-            return [found for name in value for found in misfits(value[name], shape[str], f"{at}.{name}")]
-        unknown = [f"{at}.{name} is unknown" for name in value if name not in shape]
-        return unknown + [
-            f for name in value if name in shape for f in misfits(value[name], shape[name], f"{at}.{name}")
-        ]
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return [f"{at} is no array"]
-        return [found for i, item in enumerate(value) for found in misfits(item, shape[0], f"{at}[{i}]")]
-    if isinstance(shape, set):
-        return [] if value in shape else [f"{at} is {value!r}"]
-    fits = isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
-    return [] if fits else [f"{at} is {value!r}"]
+def misfits(document: dict[str, Any]) -> list[str]:
+    """Where a document differs from the definition of its kind."""
+    schema = DEFINITIONS[document["kind"]].model_json_schema()
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+    # the one of a field's alternatives that a value comes nearest to, not "is not valid under any"
+    return [f"{leaf.json_path}: {leaf.message}" for leaf in (best_match([error]) for error in errors)]
 
 
-def test_every_field_of_the_ray_cluster_is_known_and_of_its_type(ray_cluster: dict[str, Any]) -> None:
-    assert misfits(ray_cluster, RAY_CLUSTER) == []
+@pytest.mark.parametrize("kind", DEFINITIONS)
+def test_each_document_fits_its_definition(kind: str, documents: dict[str, dict[str, Any]]) -> None:
+    assert misfits(documents[kind]) == []
+
+
+def head(cluster: dict[str, Any]) -> dict[str, Any]:
+    return cluster["spec"]["headGroupSpec"]
 
 
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        (lambda c: c["spec"].update(enableInTreeAutoscaler=True), ".spec.enableInTreeAutoscaler is unknown"),
-        (lambda c: c["spec"]["authOptions"].update(mode="Token"), ".spec.authOptions.mode is 'Token'"),
-        (lambda c: c["spec"]["workerGroupSpecs"][0].update(maxReplicas="4"), "].maxReplicas is '4'"),
-        (lambda c: c["spec"]["workerGroupSpecs"][0].update(maxReplicas=True), "].maxReplicas is True"),
-        (lambda c: c["spec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), ".num-cpus is 0"),
-        (lambda c: c["spec"].update(workerGroupSpecs={}), ".spec.workerGroupSpecs is no array"),
-        (lambda c: c["spec"]["headGroupSpec"].update(template=[]), ".template is no object"),
+        (lambda c: c["spec"].update(enableInTreeAutoscaler=True), "'enableInTreeAutoscaler' was unexpected"),
+        (lambda c: c["spec"]["authOptions"].update(mode="Token"), "'Token' is not one of ['disabled', 'token']"),
+        (lambda c: c["spec"]["workerGroupSpecs"][0].update(maxReplicas="4"), "'4' is not of type 'integer'"),
+        (lambda c: c["spec"]["workerGroupSpecs"][0].pop("groupName"), "'groupName' is a required property"),
+        (lambda c: head(c)["rayStartParams"].update({"num-cpus": 0}), "0 is not of type 'string'"),
+        (lambda c: c["spec"].update(workerGroupSpecs={}), "$.spec.workerGroupSpecs: {} is not"),
+        (lambda c: head(c).update(template=[]), "[] is not of type 'object'"),
+        (lambda c: head(c)["template"]["spec"].update(toleration=[]), "'toleration' was unexpected"),
+        (lambda c: head(c)["template"]["spec"].pop("containers"), "'containers' is a required property"),
+        (lambda c: head(c)["template"]["spec"]["containers"][0]["env"][0].pop("name"), "'name' is a required property"),
+        (lambda c: head(c)["template"]["spec"]["containers"][0].update(ports=[8265]), "8265 is not of type 'object'"),
     ],
 )
 def test_a_spoilt_one_is_found_out(
     spoil: Callable[[dict[str, Any]], None], found: str, ray_cluster: dict[str, Any]
 ) -> None:
     spoil(ray_cluster)
-    (message,) = misfits(ray_cluster, RAY_CLUSTER)
-    assert message.endswith(found)
+    (message,) = misfits(ray_cluster)
+    assert found in message
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
