@@ -55,3 +55,42 @@ class InferenceNetwork(nn.Module):
     def _features(self, x_BChw: Tensor) -> list[Tensor]:
         x_BChw = x_BChw.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return [m.permute(0, 2, 3, 1).contiguous() for m in self.backbone(x_BChw)]
+
+
+class CudaGraphs:
+    """A network on a GPU whose kernels are launched together, as one CUDA graph for each batch size.
+
+    A small batch leaves a GPU waiting for launches; a graph is one. The first batch of a size is slow: it is recorded.
+
+    Args:
+        network: On the GPU that images come to.
+    """
+
+    _WARM_UP = 3
+    """Runs before recording, in which libraries choose their kernels and allocate workspaces (as PyTorch advises)."""
+
+    def __init__(self, network: InferenceNetwork) -> None:
+        self.network = network
+        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, x_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`InferenceNetwork.forward`."""
+        if x_BChw.shape not in self._recorded:
+            self._recorded[x_BChw.shape] = self._record(x_BChw)
+        graph, static_BChw, (map_BHW, score_B) = self._recorded[x_BChw.shape]
+        static_BChw.copy_(x_BChw)
+        graph.replay()
+        return map_BHW.clone(), score_B.clone()  # the next replay writes to the same memory
+
+    def _record(self, x_BChw: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
+        static_BChw = x_BChw.clone()
+        stream = torch.cuda.Stream(x_BChw.device)
+        stream.wait_stream(torch.cuda.current_stream(x_BChw.device))
+        with torch.cuda.stream(stream):
+            for _ in range(self._WARM_UP):
+                self.network(static_BChw)
+        torch.cuda.current_stream(x_BChw.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.network(static_BChw)
+        return graph, static_BChw, outputs

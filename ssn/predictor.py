@@ -20,7 +20,7 @@ from ssn.checkpoint import Checkpoint, load_checkpoint
 from ssn.config import Config
 from ssn.data.preprocess import decode_image, preprocess
 from ssn.errors import SSNError
-from ssn.inference import InferenceNetwork, Precision
+from ssn.inference import CudaGraphs, InferenceNetwork, Precision
 from ssn.model import SuperSimpleNet, image_map
 
 ImageLike = Image.Image | np.ndarray | Path | str | bytes
@@ -48,6 +48,10 @@ class Predictor:
         meta: Of the checkpoint; what the model is of.
         device: Where both run.
         precision: See :data:`ssn.inference.Precision`.
+        cuda_graphs: Launch a batch's kernels together, see :class:`ssn.inference.CudaGraphs`; for small batches.
+
+    Raises:
+        SSNError: CUDA graphs are asked for on another device.
     """
 
     def __init__(
@@ -59,13 +63,17 @@ class Predictor:
         meta: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        cuda_graphs: bool = False,
     ) -> None:
         self.config = config.resolved()
         self.meta = dict(meta or {})
         self.device = torch.device(device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise SSNError(f"CUDA graphs need a GPU, but the device is {self.device}; leave cuda_graphs out")
         self.network = InferenceNetwork(
             backbone, net, self.config.data.image_size, precision=precision, device=self.device
         )
+        self._run = CudaGraphs(self.network) if cuda_graphs else self.network
 
     @classmethod
     def from_directory(
@@ -100,7 +108,8 @@ class Predictor:
     @torch.inference_mode()
     def score_raw(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Map logits at map size [B, H, W] and scores [B] of preprocessed images."""
-        return self.network(x_BCHW.to(self.device))
+        map_BHW, score_B = self._run(x_BCHW.to(self.device))
+        return map_BHW, score_B
 
     def predict(self, images: Iterable[ImageLike], *, batch_size: int | None = None) -> Iterator[Prediction]:
         """Score images of any size, a batch at a time.

@@ -231,3 +231,21 @@ def test_input_without_images_is_named(pictures: Path, given: str) -> None:
 def test_file_names_with_brackets_are_files(pictures: Path) -> None:
     path = write_image(pictures / "part [1].png", draw_image(0))
     assert find_images([str(path)]) == [path]
+
+
+def test_cuda_graphs_need_a_gpu(predictor: Predictor) -> None:
+    with pytest.raises(SSNError, match="CUDA graphs need a GPU, but the device is cpu"):
+        Predictor(predictor.network.net, predictor.network.backbone, predictor.config, cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_change_no_score(tiny_model: Path) -> None:
+    checkpoint = load_checkpoint(tiny_model)
+    net = SuperSimpleNet(find_backbone(checkpoint).channels, checkpoint.config.model)
+    net.load_state_dict(head_tensors(checkpoint))
+    arguments = (net, find_backbone(checkpoint), checkpoint.config)
+    plain, graphed = (Predictor(*arguments, device="cuda", cuda_graphs=graphs) for graphs in (False, True))
+    for batch in (1, 4, 1, 4):  # recorded, then replayed with other images
+        x_BCHW = torch.rand(batch, 3, 32, 48)
+        for found, expected in zip(graphed.score_raw(x_BCHW), plain.score_raw(x_BCHW), strict=True):
+            torch.testing.assert_close(found, expected, rtol=GOLDEN_RTOL, atol=GOLDEN_ATOL)
