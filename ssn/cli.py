@@ -47,22 +47,47 @@ def main() -> None:
 @app.command()
 def ingest(
     dataset: DatasetArgument,
-    raw: Annotated[Path, typer.Option("--raw", metavar="DIR", help="The dataset's folder as it was published.")],
-    out: Annotated[str, typer.Option("--out", metavar="URI", help="Where to write shards: a folder, s3://, gs://.")],
+    raw: Annotated[
+        Path, typer.Option("--raw", metavar="DIR", help="The dataset's folder as it was published, or your own table.")
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="URI", help="Where to write shards: a folder, s3://, gs://.")
+    ] = None,
     category: Annotated[
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read and check everything, say what would be written, write nothing.")
+    ] = False,
     split_seed: Annotated[int, typer.Option("--split-seed", help="Seed of the assignment of images to splits.")] = 0,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out corrupt images and count them, rather than stop.")
     ] = False,
+    protocol: Annotated[
+        Literal["validation", "official"],
+        typer.Option(
+            "--protocol", help="official: the published train and test split as it is, with nothing to search on."
+        ),
+    ] = "validation",
+    fold: Annotated[
+        int | None,
+        typer.Option("--fold", metavar="K", help="Of a dataset published in folds, the one to test on (official)."),
+    ] = None,
+    masks: Annotated[
+        int | None,
+        typer.Option(
+            "--masks",
+            metavar="N",
+            help="Use the N masks that the dataset's published split files choose; without it, all.",
+        ),
+    ] = None,
 ) -> None:
     """Turn raw image folders into verified, split Parquet shards."""
     from ssn.data.ingest import ingest as run_ingest
     from ssn.data.manifest import load_manifest
 
     manifest = load_manifest(dataset)
-    with report_progress("steps") as report:
+    with report_progress("images" if check else "steps") as report:
         reports = run_ingest(
             manifest,
             raw,
@@ -70,6 +95,10 @@ def ingest(
             category or None,
             split_seed=split_seed,
             skip_unreadable=skip_unreadable,
+            check=check,
+            protocol=protocol,
+            fold=fold,
+            masks=masks,
             on_progress=report,
         )
     for found in reports:
@@ -140,7 +169,7 @@ def evaluate(
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Score a trained model on a split of the category it was trained on."""
+    """Score a trained model on a split of the category it was trained on, with 95 % intervals over its images."""
     from ssn.train_job import evaluate as run_evaluate
 
     result = run_evaluate(model_dir, data_uri=data, split=split, device=pick_device(device))

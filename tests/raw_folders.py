@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,4 +57,79 @@ def write_mvtec(
             if masks and not folder.endswith("good"):
                 kind = folder.removeprefix("test/")
                 write_image(raw / category / "ground_truth" / kind / f"{index:03d}_mask.png", draw_mask())
+    return raw
+
+
+def write_ksdd(raw: Path, *, parts: int = 6, surfaces: int = 3) -> Path:
+    """KolektorSDD's layout: of each part, the first surface is defective."""
+    for part in range(parts):
+        for surface in range(surfaces):
+            folder = raw / f"kos{part + 1:02d}"
+            write_image(folder / f"Part{surface}.jpg", draw_image(100 * part + surface))
+            write_image(folder / f"Part{surface}_label.bmp", draw_mask(level=0 if surface else 255))
+    return raw
+
+
+def write_ksdd2(raw: Path, *, train: tuple[int, int] = (10, 6), test: tuple[int, int] = (4, 4)) -> Path:
+    """KolektorSDD2's layout, its stray copies included; of each split, so many normal and so many defective images.
+
+    Names count up from 10000 in train and from 20000 in test, normal images first; masks hold the level 1.
+    """
+    for first, (split, (normal, defective)) in ((10000, ("train", train)), (20000, ("test", test))):
+        for index in range(normal + defective):
+            write_image(raw / split / f"{first + index}.png", draw_image(first + index))
+            write_image(raw / split / f"{first + index}_GT.png", draw_mask(level=int(index >= normal)))
+    write_image(raw / "train/10000 (copy).png", draw_image(10000))
+    write_image(raw / "train/10000_GT (copy).png", draw_mask(level=0))
+    return raw
+
+
+def write_sensum(raw: Path, *, normal: int = 9, defective: int = 6) -> Path:
+    """SensumSODF's layout without its folds; images of both labels count up from 000.png."""
+    for offset, category in ((0, "capsule"), (1000, "softgel")):
+        for index in range(normal):
+            write_image(raw / category / f"negative/data/{index:03d}.png", draw_image(offset + index))
+        for index in range(defective):
+            write_image(raw / category / f"positive/data/{index:03d}.png", draw_image(offset + 500 + index))
+            write_image(raw / category / f"positive/annotation/{index:03d}.png", draw_mask())
+    return raw
+
+
+def write_sensum_folds(raw: Path, *, normal: int = 9, defective: int = 6) -> Path:
+    """The split files of :func:`write_sensum`'s images: image i is tested in fold i mod 3."""
+    for category in ("capsule", "softgel"):
+        for fold in range(3):
+            for kind, name, count in (("neg", "neg", normal), ("pos", "pos_100", defective)):
+                for split, file in (("train", name), ("test", kind)):
+                    chosen = [(i, True) for i in range(count) if (i % 3 == fold) == (split == "test")]
+                    path = raw / "sensum_splits" / category / str(fold) / split / f"{file}.pckl"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(pickle.dumps(chosen))
+    return raw
+
+
+def write_dagm(raw: Path, *, train: tuple[int, int] = (10, 6), test: tuple[int, int] = (4, 4)) -> Path:
+    """DAGM 2007's layout, one class; of each split, so many normal and so many defective images."""
+    for first, (split, (normal, defective)) in ((1, ("Train", train)), (501, ("Test", test))):
+        for index in range(first, first + normal + defective):
+            write_image(raw / "Class1" / split / f"{index:04d}.PNG", draw_image(index))
+            if index >= first + normal:
+                write_image(raw / "Class1" / split / f"Label/{index:04d}_label.PNG", draw_mask())
+    return raw
+
+
+def write_visa(raw: Path, *, train: int = 8, test: tuple[int, int] = (4, 10)) -> Path:
+    """VisA's layout, one category, with its one-class split; masks hold the index of a defect class."""
+    lines = ["object,split,label,image,mask"]
+    for index in range(train + test[0]):
+        path = f"candle/Data/Images/Normal/{index:04d}.JPG"
+        write_image(raw / path, draw_image(index))
+        lines.append(f"candle,{'train' if index < train else 'test'},normal,{path},")
+    for index in range(test[1]):
+        path, mask = f"candle/Data/Images/Anomaly/{index:03d}.JPG", f"candle/Data/Masks/Anomaly/{index:03d}.png"
+        write_image(raw / path, draw_image(500 + index))
+        write_image(raw / mask, draw_mask(level=3))
+        lines.append(f"candle,test,anomaly,{path},{mask}")
+    (raw / "split_csv").mkdir()
+    (raw / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
     return raw

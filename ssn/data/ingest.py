@@ -1,4 +1,7 @@
-"""From a raw folder to shards: read and check every image, split, write, read back, and only then say it is there."""
+"""From a raw folder to shards: read and check every image, split, write, read back, and only then say it is there.
+
+A check stops before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +35,17 @@ from ssn.data.reader import (
     parse_info,
     parse_shards,
 )
-from ssn.data.records import ARROW_SCHEMA, SCHEMA_VERSION, SEARCH_SPLITS, SPLITS, Sample, Split
+from ssn.data.records import ARROW_SCHEMA, GOOD, SCHEMA_VERSION, SEARCH_SPLITS, SPLITS, Sample, Split
 from ssn.data.splits import (
-    Assignment,
     FingerprintEntry,
     ImageKey,
+    Protocol,
     assign_splits,
+    connect,
+    digest_fold,
+    official_split,
     search_fingerprint,
+    side_of,
     test_fingerprint,
 )
 from ssn.data.storage import (
@@ -65,7 +72,7 @@ class CategoryReport:
     """What ingest found and did for one category."""
 
     info: CategoryInfo
-    status: Literal["written", "unchanged"]
+    status: Literal["written", "unchanged", "would be written"]
     num_images: int
     unreadable: tuple[str, ...]
     """Errors of the images that were skipped."""
@@ -73,15 +80,20 @@ class CategoryReport:
     """Defective images that come without a mask."""
     empty_masks: tuple[str, ...]
     """Defective images whose mask marks nothing; they count as unmasked."""
-    groups_of_duplicates: int
-    """Sets of identical or near-duplicate images; each lies on one side of the split."""
+    withheld_masks: tuple[str, ...]
+    """Defective images whose mask the chosen published split does not train with; they count as unmasked."""
+    duplicates: tuple[tuple[str, ...], ...]
+    """Sets of identical or near-duplicate images; each lies on one side of the split, but for those in ``torn``."""
+    torn: tuple[tuple[str, ...], ...]
+    """Those of them that lie on several sides: as published, or as assigned before a new image linked them."""
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """The report as text, one finding a line."""
         info = self.info
-        head = f"{info.dataset}/{info.category}: {self.num_images} images, {self.status}"
-        lines = [f"{head} (split seed {info.split_seed})"]
+        how = f"split seed {info.split_seed}" if info.protocol == "validation" else "official split"
+        fold = "" if info.fold is None else f", fold {info.fold}"
+        lines = [f"{info.dataset}/{info.category}: {self.num_images} images, {self.status} ({how}{fold})"]
         for split, count in info.counts.items():
             masks = f", {count.masks} with masks" if count.defective else ""
             lines.append(f"  {split:<10} {count.normal:>5} normal {count.defective:>5} defective{masks}")
@@ -94,8 +106,15 @@ class CategoryReport:
             lines.append(f"  {_some(self.without_mask)} without a mask")
         if self.empty_masks:
             lines.append(f"  {_some(self.empty_masks)} with an empty mask, counted as unmasked")
-        if self.groups_of_duplicates:
-            lines.append(f"  identical or near-duplicate images, kept together: {self.groups_of_duplicates} group(s)")
+        if self.withheld_masks:
+            lines.append(f"  {_some(self.withheld_masks)} with a mask outside --masks, counted as unmasked")
+        if self.duplicates:
+            lines.append(f"  identical or near-duplicate images, kept together: {_groups(self.duplicates)}")
+        if self.torn:
+            why = (
+                "published in train and in test" if info.protocol == "official" else "assigned before they were linked"
+            )
+            lines.append(f"  of these, on several sides of the split because {why}: {_groups(self.torn)}")
         if self.unreadable:
             lines.append(f"  skipped {_some(self.unreadable)}")
         return lines + [f"  {note}" for note in self.notes]
@@ -112,8 +131,9 @@ class _Scanned:
     height: int
     mask_digest: str
     """Empty without a mask that marks something."""
-    mask_state: Literal["none", "marked", "empty", "faint"]
-    """``faint``: nothing reaches the threshold, but something is above zero."""
+    mask_state: Literal["none", "marked", "empty", "faint", "withheld"]
+    """``faint``: nothing reaches the threshold, but something is above zero; ``withheld``: not one of the published
+    split's masks."""
     thumbnail: np.ndarray
 
 
@@ -123,14 +143,28 @@ class _Scan:
     unreadable: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Options:
+    split_seed: int
+    skip_unreadable: bool
+    check: bool
+    protocol: Protocol
+    fold: int | None
+    masks: int | None
+
+
 def ingest(
     manifest: Manifest,
     raw: Path,
-    out_uri: str,
+    out_uri: str | None,
     categories: Sequence[str] | None = None,
     *,
     split_seed: int = 0,
     skip_unreadable: bool = False,
+    check: bool = False,
+    protocol: Protocol = "validation",
+    fold: int | None = None,
+    masks: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[CategoryReport]:
     """Write the shards of a dataset's categories to ``<out_uri>/<dataset>/<category>/``.
@@ -139,13 +173,17 @@ def ingest(
 
     Args:
         manifest: What the dataset is.
-        raw: The folder as the dataset's authors publish it.
-        out_uri: A local folder, or a URI such as ``s3://bucket/shards``.
+        raw: The folder as the dataset's authors publish it; for a table of one's own, the table.
+        out_uri: A local folder, or a URI such as ``s3://bucket/shards``. None: nowhere, which a check alone allows.
         categories: Which; None: all that ``raw`` holds.
         split_seed: Keys the assignment to splits.
         skip_unreadable: Leave out corrupt images and count them, rather than refuse the category.
+        check: Read and check everything, assign splits, honouring assignments in ``out_uri``, and write nothing.
+        protocol: ``official``: take the published train and test split as it is, without a validation split.
+        fold: Of a dataset published in folds, the one to test on; the official protocol needs it.
+        masks: Of the published choices of masks to train with, the one of this many; None: every mask.
         on_progress: Called with the category, steps done and steps in all; every image is two steps, reading and
-            writing.
+            writing, or just the first in a check.
 
     Returns:
         One report per category, in order.
@@ -153,23 +191,30 @@ def ingest(
     Raises:
         SSNError: the raw folder, an image, a mask, the resulting splits or the store is at fault.
     """
+    if out_uri is None and not check:
+        raise SSNError("give --out, the folder or URI to write shards to; or --check, to write nothing")
     raw = Path(raw).expanduser()
     items = _find_items(manifest, raw)
     chosen = _choose_categories(manifest, raw, sorted(items), categories)
-    filesystem, root = open_filesystem(out_uri)
-    check_store(filesystem, root, out_uri)
+    options = _Options(split_seed, skip_unreadable, check, protocol, fold, masks)
+    for category in chosen:
+        _check_published(manifest, items[category], options)
+    base = raw.parent if raw.is_file() else raw
+    if out_uri is not None:
+        filesystem, root = open_filesystem(out_uri)
+        check_store(filesystem, root, out_uri)
     reports = []
     for category in chosen:
-        folder = open_filesystem(join_uri(out_uri, manifest.name, category))[1]
-        with storage_errors(join_uri(out_uri, manifest.name, category)):
+        where = join_uri(out_uri, manifest.name, category) if out_uri is not None else ""
+        target = _Target(*open_filesystem(where)) if where else None
+        with storage_errors(where or str(raw)):
             reports.append(
                 _ingest_category(
                     manifest,
-                    raw,
+                    base,
                     items[category],
-                    _Target(filesystem, folder),
-                    split_seed,
-                    skip_unreadable,
+                    target,
+                    options,
                     on_progress or (lambda category, done, total: None),
                 )
             )
@@ -196,9 +241,9 @@ class _Target:
 
 
 def _find_items(manifest: Manifest, raw: Path) -> dict[str, list[RawItem]]:
-    if not raw.is_dir():
-        raise SSNError(f"raw folder {raw} does not exist; give the folder that holds {manifest.title or manifest.name}")
     layout = LAYOUTS[manifest.layout]
+    if not raw.is_dir() and not (layout.takes_file and raw.is_file()):
+        raise SSNError(f"raw folder {raw} does not exist; give the folder that holds {manifest.title or manifest.name}")
     items: dict[str, list[RawItem]] = defaultdict(list)
     for item in layout.list_items(raw, manifest.name):
         if not manifest.categories or item.category in manifest.categories:
@@ -219,33 +264,52 @@ def _choose_categories(manifest: Manifest, raw: Path, found: Sequence[str], want
     return chosen
 
 
+def _check_published(manifest: Manifest, items: Sequence[RawItem], options: _Options) -> None:
+    """Refuse what the dataset does not publish, before any image is read."""
+    num_folds = LAYOUTS[manifest.layout].num_folds
+    folds = ", ".join(map(str, range(num_folds)))
+    name = f"{manifest.name}/{items[0].category}"
+    if options.fold is not None and options.protocol != "official":
+        raise SSNError(f"--fold {options.fold} belongs to --protocol official; give both, or neither")
+    if options.fold is not None and not num_folds:
+        raise SSNError(f"{name} is not published in folds; leave --fold out")
+    if options.protocol == "official" and num_folds and options.fold not in range(num_folds):
+        given = "" if options.fold is None else f", not {options.fold}"
+        raise SSNError(f"{name} is published in {num_folds} folds; choose one with --fold {folds}{given}")
+    if options.protocol == "official" and not num_folds and not any(item.published_split for item in items):
+        raise SSNError(
+            f"{name} publishes no train and test split here, which --protocol official takes; leave --protocol out"
+        )
+    if options.masks is not None:
+        published = {number for item in items for number in item.mask_budgets or ()}
+        if options.masks not in published:
+            valid = f"it does for {', '.join(map(str, sorted(published)))}" if published else "leave --masks out"
+            raise SSNError(f"{name} publishes no choice of {options.masks} masks here; {valid}")
+
+
 def _ingest_category(
     manifest: Manifest,
     raw: Path,
     items: Sequence[RawItem],
-    target: _Target,
-    split_seed: int,
-    skip_unreadable: bool,
+    target: _Target | None,
+    options: _Options,
     on_progress: Progress,
 ) -> CategoryReport:
     category = items[0].category
-    ledger = target.read_json(ASSIGNMENTS_FILE) or {}
-    if ledger and ledger["split_seed"] != split_seed:
-        raise SSNError(
-            f"{target.path(ASSIGNMENTS_FILE)} was made with split seed {ledger['split_seed']}, not {split_seed};"
-            " use that seed, or another output folder"
-        )
-    scan = _scan(manifest, raw, items, skip_unreadable, on_progress)
+    ledger = (target.read_json(ASSIGNMENTS_FILE) or {}) if target else {}
+    if target and ledger:
+        _check_ledger(target.path(ASSIGNMENTS_FILE), ledger, options)
+    num_steps = len(items) * (1 if options.check else 2)
+    scan = _scan(manifest, raw, items, options, lambda done: on_progress(category, done, num_steps))
     _check_labels(scan.images)
     _check_faint_masks(manifest, scan.images)
-    assignment, new_ledger, notes = _assign(manifest, scan.images, ledger, split_seed)
-    rows = _order_rows(scan.images, assignment, split_seed)
-    info = _describe(manifest, category, rows, split_seed)
+    placed = _place(manifest, scan.images, ledger, options)
+    rows = _order_rows(placed.rows, options.split_seed)
+    info = _describe(manifest, category, rows, options)
     _check_splits(raw, info)
-    num_steps = 2 * len(items)
     content_digest = _digest_rows(rows)
-    unchanged = _is_unchanged(target, rows, info, content_digest)
-    if not unchanged:
+    unchanged = target is not None and _is_unchanged(target, rows, info, content_digest)
+    if target is not None and not unchanged and not options.check:
         written = len(items)
 
         def advance() -> None:
@@ -253,54 +317,92 @@ def _ingest_category(
             written += 1
             on_progress(category, written, num_steps)
 
-        _write_category(target, rows, info, content_digest, manifest, new_ledger, advance)
+        _write_category(target, rows, info, content_digest, manifest, placed.ledger, advance)
     on_progress(category, num_steps, num_steps)
-    sizes = Counter(assignment.groups[image.id] for image in scan.images)
+    images = [image for _, image in placed.rows]
     return CategoryReport(
         info=info,
-        status="unchanged" if unchanged else "written",
-        num_images=len(scan.images),
+        status="unchanged" if unchanged else "would be written" if options.check else "written",
+        num_images=len(images),
         unreadable=scan.unreadable,
-        without_mask=_paths(scan.images, "none"),
-        empty_masks=_paths(scan.images, "empty", "faint"),
-        groups_of_duplicates=sum(size > 1 for size in sizes.values()),
-        notes=(*assignment.notes, *notes),
+        without_mask=_paths(images, "none"),
+        empty_masks=_paths(images, "empty", "faint"),
+        withheld_masks=_paths(images, "withheld"),
+        duplicates=placed.duplicates,
+        torn=placed.torn,
+        notes=placed.notes,
     )
 
 
+def _check_ledger(path: str, ledger: Mapping[str, Any], options: _Options) -> None:
+    protocol = ledger.get("protocol", "validation")  # earlier versions knew no other
+    if protocol != options.protocol:
+        raise SSNError(
+            f"{path} was made with --protocol {protocol}, not {options.protocol}; use that protocol, or another output"
+            " folder"
+        )
+    if ledger["split_seed"] != options.split_seed:
+        raise SSNError(
+            f"{path} was made with split seed {ledger['split_seed']}, not {options.split_seed};"
+            " use that seed, or another output folder"
+        )
+    if ledger.get("fold") != options.fold:
+        raise SSNError(
+            f"{path} was made with --fold {ledger.get('fold')}, not {options.fold}; use that fold, or another output"
+            " folder"
+        )
+
+
 def _scan(
-    manifest: Manifest, raw: Path, items: Sequence[RawItem], skip_unreadable: bool, on_progress: Progress
+    manifest: Manifest,
+    raw: Path,
+    items: Sequence[RawItem],
+    options: _Options,
+    advance: Callable[[int], None],
 ) -> _Scan:
+    """Read every image; a check goes on after a fault, to name all that are at fault."""
     images: list[_Scanned] = []
     unreadable: list[str] = []
+    faults: list[tuple[str, _FaultError]] = []
 
-    def read(item: RawItem) -> _Scanned | _UnreadableError:
+    def read(item: RawItem) -> _Scanned | _FaultError:
         try:
-            return _scan_image(manifest, raw, item)
-        except _UnreadableError as error:
-            if not skip_unreadable:
-                raise
-            return error
+            return _scan_image(manifest, raw, item, options.masks)
+        except _FaultError as error:
+            if options.check or (options.skip_unreadable and isinstance(error, _UnreadableError)):
+                return error
+            raise
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as executor:
         try:
-            for done, result in enumerate(executor.map(read, items), start=1):
+            for done, (item, result) in enumerate(zip(items, executor.map(read, items), strict=True), start=1):
                 if isinstance(result, _Scanned):
                     images.append(result)
-                else:
+                elif options.skip_unreadable and isinstance(result, _UnreadableError):
                     unreadable.append(str(result))
-                on_progress(items[0].category, done, 2 * len(items))
+                else:
+                    faults.append((_relative(item.image_path, raw), result))
+                if done < len(items):  # a check that found faults must not look finished
+                    advance(done)
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
+    if faults:
+        _, first = faults[0]
+        others = [path for path, _ in faults[1:]]
+        raise SSNError(f"{first}; at fault as well: {_some(others, 20)}" if others else str(first)) from first
     return _Scan(tuple(images), tuple(unreadable))
 
 
-class _UnreadableError(SSNError):
+class _FaultError(SSNError):
+    """Something is wrong with one image or its mask."""
+
+
+class _UnreadableError(_FaultError):
     """An image or mask that cannot be decoded: the only fault that ``skip_unreadable`` forgives."""
 
 
-def _scan_image(manifest: Manifest, raw: Path, item: RawItem) -> _Scanned:
+def _scan_image(manifest: Manifest, raw: Path, item: RawItem, masks: int | None) -> _Scanned:
     source_path = _relative(item.image_path, raw)
     data = _read_raw(item.image_path, raw)
     try:
@@ -308,25 +410,31 @@ def _scan_image(manifest: Manifest, raw: Path, item: RawItem) -> _Scanned:
     except SSNError as error:
         raise _UnreadableError(str(error)) from error
     height, width = image_HW3.shape[:2]
+    levels_HW = None
+    if item.label and item.mask_path is not None and (manifest.masks != "none" or item.label_from_mask):
+        levels_HW = _read_mask_levels(item.mask_path, raw)
+        if levels_HW.shape != (height, width):
+            mask_height, mask_width = levels_HW.shape
+            raise _FaultError(
+                f"mask {_relative(item.mask_path, raw)} is {mask_width}x{mask_height} but its image is"
+                f" {width}x{height}; fix or remove it"
+            )
+        if item.label_from_mask and not levels_HW.any():
+            item = replace(item, label=0, defect_type=GOOD, mask_path=None)
     mask_digest, mask_state = "", "none"
     if item.label and manifest.masks != "none":
-        if item.mask_path is not None:
-            levels_HW = _read_mask_levels(item.mask_path, raw)
-            mask_source = _relative(item.mask_path, raw)
-            if levels_HW.shape != (height, width):
-                mask_height, mask_width = levels_HW.shape
-                raise SSNError(
-                    f"mask {mask_source} is {mask_width}x{mask_height} but its image is {width}x{height};"
-                    " fix or remove it"
+        if levels_HW is None:
+            if manifest.masks == "required":
+                raise _FaultError(
+                    f"defective image {source_path} has no mask, and {manifest.name} requires one; add it, remove the"
+                    " image, or set `masks: optional` in the manifest"
                 )
+        elif masks is not None and item.mask_budgets is not None and masks not in item.mask_budgets:
+            mask_state = "withheld"
+        else:
             mask_HW = levels_HW >= manifest.mask_threshold
             mask_state = "marked" if mask_HW.any() else "faint" if levels_HW.any() else "empty"
             mask_digest = _mask_digest(mask_HW) if mask_state == "marked" else ""
-        elif manifest.masks == "required":
-            raise SSNError(
-                f"defective image {source_path} has no mask, and {manifest.name} requires one; add it, remove the"
-                " image, or set `masks: optional` in the manifest"
-            )
     return _Scanned(
         item=item,
         id=hashlib.sha256(data).hexdigest(),
@@ -378,43 +486,124 @@ def _check_faint_masks(manifest: Manifest, images: Sequence[_Scanned]) -> None:
         )
 
 
-def _assign(
-    manifest: Manifest, images: Sequence[_Scanned], ledger: Mapping[str, Any], split_seed: int
-) -> tuple[Assignment, dict[str, Any], list[str]]:
-    keys = [
-        ImageKey(image.id, image.item.label, image.item.defect_type, image.item.published_split) for image in images
-    ]
-    kind = ledger["kind"] if ledger else manifest.splits.resolve_kind(keys)
-    table = {row: dict(fractions) for row, fractions in manifest.splits.table(kind).items()}
+@dataclass(frozen=True)
+class _Placed:
+    """Images with their splits."""
+
+    rows: tuple[tuple[Split, _Scanned], ...]
+    ledger: dict[str, Any]
+    duplicates: tuple[tuple[str, ...], ...]
+    torn: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def _place(manifest: Manifest, images: Sequence[_Scanned], ledger: Mapping[str, Any], options: _Options) -> _Placed:
+    """Give every image a split, as the protocol has it."""
+    notes: list[str] = []
+    if options.fold is not None:
+        images, notes = _take_fold(manifest, images, options.fold)
+    if options.protocol == "official":
+        left_out = [image.source_path for image in images if not image.item.published_split]
+        if left_out:
+            images = [image for image in images if image.item.published_split]
+            notes.append(f"{_some(left_out)} left out: in neither of the published train and test splits")
     pairs = link_near_duplicates(np.stack([image.thumbnail for image in images])) if images else []
-    assigned = ledger.get("images", {})
-    existing: dict[str, Split] = {image_id: entry["split"] for image_id, entry in assigned.items()}
-    assignment = assign_splits(
-        keys,
-        [(images[i].id, images[j].id) for i, j in pairs],
-        table,
-        split_seed=split_seed,
-        existing=existing,
-    )
-    notes = []
-    if ledger and ledger["fractions"] != table:
-        notes.append("the manifest's split fractions have changed: they apply to new images, assigned ones stay")
-    entries = {
-        image_id: {"split": split, "group": assignment.groups[image_id]}
-        for image_id, split in assignment.splits.items()
-    }
+    links = [(images[i].id, images[j].id) for i, j in pairs]
+    if options.protocol == "official":
+        rows = [(official_split(image.item.published_split, image.item.label), image) for image in images]
+        splits, groups = _keep_published(rows), connect((image.id for image in images), links)
+        settings: dict[str, Any] = {"fold": options.fold}
+        _check_moved(ledger, rows)
+    else:
+        keys = [
+            ImageKey(image.id, image.item.label, image.item.defect_type, image.item.published_split) for image in images
+        ]
+        kind = ledger["kind"] if ledger else manifest.splits.resolve_kind(keys)
+        table = {row: dict(fractions) for row, fractions in manifest.splits.table(kind).items()}
+        existing: dict[str, Split] = {name: entry["split"] for name, entry in ledger.get("images", {}).items()}
+        assignment = assign_splits(
+            keys, [*links, *_link_groups(images)], table, split_seed=options.split_seed, existing=existing
+        )
+        splits, groups = assignment.splits, assignment.groups
+        rows = [(splits[image.id], image) for image in images]
+        settings = {"kind": kind, "fractions": table}
+        notes += assignment.notes
+        if ledger and ledger["fractions"] != table:
+            notes.append("the manifest's split fractions have changed: they apply to new images, assigned ones stay")
     new_ledger = {
         "schema_version": SCHEMA_VERSION,
-        "split_seed": split_seed,
-        "kind": kind,
-        "fractions": table,
+        "protocol": options.protocol,
+        "split_seed": options.split_seed,
+        **settings,
         # Images that are gone keep their entry, so that they return to where they were.
-        "images": {**assigned, **entries},
+        "images": {
+            **ledger.get("images", {}),
+            **{name: {"split": split, "group": groups[name]} for name, split in splits.items()},
+        },
     }
-    return assignment, new_ledger, notes
+    duplicates, torn = _find_duplicates(rows, connect((image.id for image in images), links))
+    return _Placed(tuple(rows), new_ledger, duplicates, torn, tuple(notes))
 
 
-def _order_rows(images: Sequence[_Scanned], assignment: Assignment, split_seed: int) -> list[tuple[Split, _Scanned]]:
+def _take_fold(manifest: Manifest, images: Sequence[_Scanned], fold: int) -> tuple[list[_Scanned], list[str]]:
+    """Images with the published split of a fold; where no folds come with the images, those of a digest."""
+    if any(image.item.folds for image in images):
+        return [_publish(image, image.item.folds[fold] if image.item.folds else "") for image in images], []
+    num_folds = LAYOUTS[manifest.layout].num_folds
+    note = f"the published folds are not in the raw folder: {num_folds} folds by image digest stand in for them"
+    taken = [_publish(image, "test" if digest_fold(image.id, num_folds) == fold else "train") for image in images]
+    return taken, [note]
+
+
+def _publish(image: _Scanned, published_split: str) -> _Scanned:
+    return replace(image, item=replace(image.item, published_split=published_split))
+
+
+def _keep_published(rows: Iterable[tuple[Split, _Scanned]]) -> dict[str, Split]:
+    """By id, the split of each image; an image published in both counts as a test image."""
+    splits: dict[str, Split] = {}
+    for split, image in rows:
+        if splits.get(image.id) != "test":
+            splits[image.id] = split
+    return splits
+
+
+def _check_moved(ledger: Mapping[str, Any], rows: Sequence[tuple[Split, _Scanned]]) -> None:
+    """Refuse images that were published on the other side when they were ingested before."""
+    splits = _keep_published(rows)
+    before = ledger.get("images", {})
+    for _, image in rows:
+        old = before.get(image.id, {}).get("split")
+        if old is not None and side_of(old) != side_of(splits[image.id]):
+            raise SSNError(
+                f"{image.source_path} was ingested into {old} and now stands in the published"
+                f" {image.item.published_split} split; put it back, or use another output folder"
+            )
+
+
+def _link_groups(images: Iterable[_Scanned]) -> list[tuple[str, str]]:
+    """Pairs of ids that connect the images of each group the layout names."""
+    first: dict[str, str] = {}
+    return [(first.setdefault(image.item.group, image.id), image.id) for image in images if image.item.group]
+
+
+def _find_duplicates(
+    rows: Iterable[tuple[Split, _Scanned]], groups: Mapping[str, str]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """Paths of the images in every group of two or more, sorted; and of those groups that lie on several sides."""
+    members: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for split, image in rows:
+        members[groups[image.id]].append((image.source_path, side_of(split)))
+    several = sorted(sorted(group) for group in members.values() if len(group) > 1)
+    torn = [group for group in several if len({side for _, side in group}) > 1]
+    return tuple(map(_first_of_each, several)), tuple(map(_first_of_each, torn))
+
+
+def _first_of_each(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(first for first, _ in pairs)
+
+
+def _order_rows(rows: Iterable[tuple[Split, _Scanned]], split_seed: int) -> list[tuple[Split, _Scanned]]:
     """Rows in stored order: by split, then by a keyed digest, so that every row group holds a mixture."""
 
     def key(row: tuple[Split, _Scanned]) -> tuple[int, str, str]:
@@ -422,11 +611,11 @@ def _order_rows(images: Sequence[_Scanned], assignment: Assignment, split_seed: 
         keyed = hashlib.sha256(f"{split_seed}|{image.id}".encode()).hexdigest()
         return SPLITS.index(split), keyed, image.source_path
 
-    return sorted(((assignment.splits[image.id], image) for image in images), key=key)
+    return sorted(rows, key=key)
 
 
 def _describe(
-    manifest: Manifest, category: str, rows: Sequence[tuple[Split, _Scanned]], split_seed: int
+    manifest: Manifest, category: str, rows: Sequence[tuple[Split, _Scanned]], options: _Options
 ) -> CategoryInfo:
     entries = [
         FingerprintEntry(image.id, image.mask_digest, image.item.label, image.item.defect_type, split)
@@ -444,11 +633,13 @@ def _describe(
         dataset=manifest.name,
         category=category,
         schema_version=SCHEMA_VERSION,
-        split_seed=split_seed,
+        split_seed=options.split_seed,
         counts=counts,
         search_fingerprint=search_fingerprint(entries),
         test_fingerprint=test_fingerprint(entries),
-        defaults=dict(manifest.defaults),
+        defaults=manifest.defaults_of(category),
+        protocol=options.protocol,
+        fold=options.fold,
     )
 
 
@@ -465,6 +656,8 @@ def _digest_rows(rows: Sequence[tuple[Split, _Scanned]]) -> str:
 def _check_splits(raw: Path, info: CategoryInfo) -> None:
     required: tuple[tuple[Split, str], ...] = (("train", "normal "), ("validation", ""), ("test", ""))
     for split, what in required:
+        if split == "validation" and info.protocol == "official":
+            continue
         count = info.counts[split]
         if not count.normal + count.defective:
             raise SSNError(
@@ -640,6 +833,11 @@ def _relative(path: Path, raw: Path) -> str:
     return path.relative_to(raw).as_posix()
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 3 else ''})"
+def _some(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return f"{len(names)} ({shown}{', ...' if len(names) > most else ''})"
+
+
+def _groups(groups: Sequence[Sequence[str]]) -> str:
+    shown = "; ".join(", ".join(group[:3]) + (", ..." if len(group) > 3 else "") for group in groups[:3])
+    return f"{len(groups)} group(s) ({shown}{'; ...' if len(groups) > 3 else ''})"

@@ -39,6 +39,12 @@ class Manifest:
     """How images are divided."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Dotted configuration keys and the values this dataset starts from."""
+    category_defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Category to the defaults it has instead."""
+
+    def defaults_of(self, category: str) -> dict[str, Any]:
+        """Dotted configuration keys and the values that a category starts from."""
+        return {**self.defaults, **self.category_defaults.get(category, {})}
 
 
 def load_manifest(name_or_path: str | Path) -> Manifest:
@@ -92,7 +98,15 @@ def parse_manifest(content: Mapping[str, Any], *, source: str) -> Manifest:
         raise SSNError(f"{source}: categories must be a list of text (put quotes around numbers)")
     values["categories"] = tuple(categories)
     values["splits"] = SplitPolicy.parse(values.get("splits") or {}, source=source)
-    values["defaults"] = _parse_defaults(values.get("defaults") or {}, source)
+    values["defaults"] = _parse_defaults(values.get("defaults") or {}, "defaults", source)
+    own = values.get("category_defaults") or {}
+    if not isinstance(own, dict):
+        raise SSNError(f"{source}: category_defaults must map categories to defaults")
+    if values["categories"]:
+        reject_unknown(own, values["categories"], f"category under category_defaults in {source}")
+    values["category_defaults"] = {
+        category: _parse_defaults(content, f"category_defaults.{category}", source) for category, content in own.items()
+    }
     return Manifest(**values)
 
 
@@ -126,11 +140,11 @@ def _find(name_or_path: str) -> Path:
     return packaged[name_or_path]
 
 
-def _parse_defaults(content: Any, source: str) -> dict[str, Any]:
+def _parse_defaults(content: Any, where: str, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise SSNError(f"{source}: defaults must map dotted configuration keys to values")
+        raise SSNError(f"{source}: {where} must map dotted configuration keys to values")
     built_in = flatten(Config())
-    reject_unknown(content, built_in, f"configuration key under defaults in {source}")
+    reject_unknown(content, built_in, f"configuration key under {where} in {source}")
     for key, value in content.items():
         expected = built_in[key]
         if isinstance(expected, float) and _is_int(value):

@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 
 from ssn.data.manifest import reject_unknown
 from ssn.data.records import ARROW_SCHEMA, SCHEMA_VERSION, SEARCH_SPLITS, Sample, SearchSplit, Split
+from ssn.data.splits import Protocol
 from ssn.data.storage import (
     check_store,
     is_store_error,
@@ -60,6 +61,10 @@ class CategoryInfo:
     test_fingerprint: str
     defaults: dict[str, Any]
     """Dotted configuration keys and values: the manifest's, as they were at ingest."""
+    protocol: Protocol = "validation"
+    """``official``: the published train and test split, without a validation split."""
+    fold: int | None = None
+    """The fold that is tested, for a dataset published in folds under the official protocol."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,12 @@ class _Shards:
         reader = _RowGroupReader(filesystem, folder, self.shards)
         for table in read_ahead([lambda at=at: reader.read(*at) for at in plan]):  # type: ignore[misc]
             yield from iterate_samples(table)
+
+    def ids(self) -> Iterator[str]:
+        filesystem, folder = open_filesystem(self.folder_uri)
+        reader = _RowGroupReader(filesystem, folder, self.shards)
+        for shard_index, row_group in plan_row_groups([len(shard.row_groups) for shard in self.shards], 0, 1):
+            yield from reader.read(shard_index, row_group, columns=("id",)).column("id").to_pylist()
 
 
 class SearchData:
@@ -110,6 +121,14 @@ class SearchData:
             raise SSNError(f"a search reads {', '.join(SEARCH_SPLITS)}, never {split!r}; use open_test_data for test")
         return self._shards[split].stream(rank, world_size)
 
+    def ids(self) -> frozenset[str]:
+        """SHA-256, in hex, of every train, pool and validation image; the images themselves are not read.
+
+        Raises:
+            SSNError: a shard is missing, corrupt or out of reach.
+        """
+        return frozenset(image_id for shards in self._shards.values() for image_id in shards.ids())
+
 
 class TestData:
     """The test images of a category."""
@@ -127,6 +146,14 @@ class TestData:
             SSNError: a shard is missing, corrupt or out of reach.
         """
         return self._shards.stream(rank, world_size)
+
+    def ids(self) -> frozenset[str]:
+        """SHA-256, in hex, of every test image, those that the test fingerprint covers; no image is read.
+
+        Raises:
+            SSNError: a shard is missing, corrupt or out of reach.
+        """
+        return frozenset(self._shards.ids())
 
 
 def open_search_data(uri: str, dataset: str, category: str) -> SearchData:
@@ -221,6 +248,9 @@ def parse_info(content: Mapping[str, Any]) -> CategoryInfo:
         search_fingerprint=content["search_fingerprint"],
         test_fingerprint=content["test_fingerprint"],
         defaults=content["defaults"],
+        # shards of earlier versions know neither
+        protocol=content.get("protocol", "validation"),
+        fold=content.get("fold"),
     )
 
 
@@ -238,13 +268,13 @@ class _RowGroupReader:
         self._shards = shards
         self._open: tuple[int, pq.ParquetFile] | None = None
 
-    def read(self, shard_index: int, row_group: int) -> pa.Table:
+    def read(self, shard_index: int, row_group: int, columns: Sequence[str] | None = None) -> pa.Table:
         shard = self._shards[shard_index]
         path = f"{self._folder}/{shard.name}"
 
         def attempt() -> pa.Table:
             try:
-                return self._file(shard_index, path).read_row_group(row_group)
+                return self._file(shard_index, path).read_row_group(row_group, columns=columns)
             except OSError:
                 self._open = None
                 raise

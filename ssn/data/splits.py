@@ -3,7 +3,7 @@
 Images that show the same thing form one group, and a group lies on one *side*: fit (``train`` for normal images,
 ``pool`` for defective ones), ``validation`` or ``test``. New groups are assigned in the order of a digest keyed by the
 split seed, each to the side that is furthest below its quota for that kind of image. What was assigned once never
-moves.
+moves. The official protocol takes the published splits as they are instead, duplicates and all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ssn.data.records import SEARCH_SPLITS, Split
 from ssn.errors import SSNError
 
 Kind = Literal["test_defects", "train_defects", "unsplit"]
+Protocol = Literal["validation", "official"]
+"""``validation``: this project's own splits, with a validation split to search on; ``official``: the published ones."""
 Side = Literal["fit", "validation", "test"]
 Fractions = Mapping[Side, float]
 
@@ -124,7 +126,7 @@ class Assignment:
     splits: dict[str, Split]
     """Image id to split."""
     groups: dict[str, str]
-    """Image id to its group: the smallest id among the images that show the same thing."""
+    """Image id to its group: the smallest id among the images that are linked."""
     notes: tuple[str, ...]
     """What a reader of a report should know, one line each."""
 
@@ -145,12 +147,12 @@ def assign_splits(
 
     Args:
         images: All images of a category; an id may occur more than once, with one label.
-        links: Pairs of ids that are near-duplicates.
+        links: Pairs of ids that belong on one side: near-duplicates, or photographs of one part.
         table: Row name to the share of each side.
         split_seed: Keys the order of assignment.
         existing: Earlier assignments, by id. A relabelled image stays on its side.
     """
-    components = _components({image.id for image in images}, links)
+    components = connect({image.id for image in images}, links)
     members: dict[str, list[ImageKey]] = defaultdict(list)
     for image in sorted(images, key=lambda image: (image.id, image.published_split, image.defect_type)):
         members[components[image.id]].append(image)
@@ -193,6 +195,37 @@ def assign_splits(
         groups=components,
         notes=tuple(notes),
     )
+
+
+def connect(ids: Iterable[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Each id's group, everything that links connect with it, named by its smallest id."""
+    parent = {name: name for name in ids}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for first, second in links:
+        low, high = sorted((root(first), root(second)))
+        parent[high] = low
+    return {name: root(name) for name in parent}
+
+
+def official_split(published_split: str, label: int) -> Split:
+    """The split of an image under the official protocol, which has no validation split.
+
+    Args:
+        published_split: ``train`` or ``test``.
+        label: 0 normal, 1 defective.
+    """
+    return "test" if published_split == "test" else split_of("fit", label)
+
+
+def digest_fold(image_id: str, num_folds: int) -> int:
+    """The fold whose test images an image is one of, where none are published; it depends on the image alone."""
+    return int(hashlib.sha256(f"fold|{image_id}".encode()).hexdigest(), 16) % num_folds
 
 
 def side_of(split: Split) -> Side:
@@ -299,22 +332,6 @@ def _merge_small_strata(
                 f"{', '.join(small)}: fewer than {MIN_GROUPS} distinct images each; split together as {joint[1]}"
             )
     return merged, notes
-
-
-def _components(ids: set[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Each id's connected component, named by its smallest id."""
-    parent = {name: name for name in ids}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for first, second in links:
-        low, high = sorted((root(first), root(second)))
-        parent[high] = low
-    return {name: root(name) for name in ids}
 
 
 def _keyed(split_seed: int, group: str) -> str:

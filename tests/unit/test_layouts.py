@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ssn.data.layouts import LAYOUTS, RawItem
 from ssn.errors import SSNError
+from tests.raw_folders import write_dagm, write_ksdd, write_ksdd2, write_sensum, write_sensum_folds
 
 Row = tuple[str, str, str | None, int, str, str]
 
@@ -129,6 +133,173 @@ def test_magnetic_tile(tmp_path: Path) -> None:
         ("magnetic_tile", "MT_Crack/Imgs/b.jpg", "MT_Crack/Imgs/b.png", 1, "crack", ""),
         ("magnetic_tile", "MT_Fray/Imgs/c.jpg", None, 1, "fray", ""),
     }
+
+
+def test_ksdd_keeps_the_surfaces_of_a_part_together(tmp_path: Path) -> None:
+    write_ksdd(tmp_path, parts=2, surfaces=2)
+    touch(tmp_path, "readme.txt", "other/Part0.jpg", "kos01/Thumbs.db")
+    assert rows(tmp_path, "ksdd", "ksdd") == {
+        ("ksdd", f"{part}/{surface}.jpg", f"{part}/{surface}_label.bmp", 1, "defective", "")
+        for part in ("kos01", "kos02")
+        for surface in ("Part0", "Part1")
+    }
+    items = LAYOUTS["ksdd"].list_items(tmp_path, "ksdd")
+    assert all(item.label_from_mask and item.group == item.image_path.parent.name for item in items)
+
+
+def test_ksdd2_leaves_the_archive_s_stray_copies_out(tmp_path: Path) -> None:
+    write_ksdd2(tmp_path, train=(1, 1), test=(1, 0))
+    assert rows(tmp_path, "ksdd2", "ksdd2") == {
+        ("ksdd2", f"{stem}.png", f"{stem}_GT.png", 1, "defective", stem.partition("/")[0])
+        for stem in ("train/10000", "train/10001", "test/20000")
+    }
+    items = LAYOUTS["ksdd2"].list_items(tmp_path, "ksdd2")
+    assert all(item.label_from_mask and item.mask_budgets is None for item in items)
+
+
+def test_ksdd2_split_files_tell_which_masks_are_used(tmp_path: Path) -> None:
+    write_ksdd2(tmp_path, train=(1, 2), test=(1, 1))
+    every = {10000: True, 10001: True, 10002: True}
+    test = [(20000, True), (20001, True)]
+    for name, train in (
+        ("split_weakly_0.pyb", {**every, 10001: False, 10002: False}),
+        ("split_weakly_1.pyb", {**every, 10002: False}),
+        ("split_2.pyb", every),
+    ):
+        (tmp_path / name).write_bytes(pickle.dumps((list(train.items()), test)))
+    budgets = {item.image_path.stem: item.mask_budgets for item in LAYOUTS["ksdd2"].list_items(tmp_path, "ksdd2")}
+    assert budgets == {"10000": {0, 1, 2}, "10001": {1, 2}, "10002": {2}, "20000": None, "20001": None}
+
+
+def test_sensum_with_and_without_published_folds(tmp_path: Path) -> None:
+    write_sensum(tmp_path, normal=2, defective=1)
+    expected = {
+        (category, f"{category}/{path}.png", mask and f"{category}/{mask}.png", label, kind, "")
+        for category in ("capsule", "softgel")
+        for path, mask, label, kind in (
+            ("negative/data/000", None, 0, "good"),
+            ("negative/data/001", None, 0, "good"),
+            ("positive/data/000", "positive/annotation/000", 1, "defective"),
+        )
+    }
+    assert rows(tmp_path, "sensum") == expected
+    assert {item.folds for item in LAYOUTS["sensum"].list_items(tmp_path, "sensum")} == {()}
+    write_sensum_folds(tmp_path, normal=2, defective=1)
+    assert rows(tmp_path, "sensum") == expected
+    folds = {
+        item.image_path.relative_to(tmp_path / "capsule").as_posix(): item.folds
+        for item in LAYOUTS["sensum"].list_items(tmp_path, "sensum")
+        if item.category == "capsule"
+    }
+    assert folds == {
+        "negative/data/000.png": ("test", "train", "train"),
+        "negative/data/001.png": ("train", "test", "train"),
+        "positive/data/000.png": ("test", "train", "train"),
+    }
+
+
+def test_sensum_folds_that_train_on_a_test_image_are_refused(tmp_path: Path) -> None:
+    write_sensum(tmp_path, normal=2, defective=1)
+    write_sensum_folds(tmp_path, normal=2, defective=1)
+    (tmp_path / "sensum_splits/softgel/1/test/neg.pckl").write_bytes(pickle.dumps([(0, True)]))
+    with pytest.raises(SSNError, match=r"softgel/1/test/neg.pckl holds negative image 0, which fold 1 also trains on"):
+        LAYOUTS["sensum"].list_items(tmp_path, "sensum")
+
+
+def test_dagm_images_with_a_label_are_defective(tmp_path: Path) -> None:
+    write_dagm(tmp_path, train=(1, 1), test=(1, 1))
+    touch(tmp_path, "Class1/Train/Label/Labels.txt", "readme.txt")
+    assert rows(tmp_path, "dagm") == {
+        ("Class1", "Class1/Train/0001.PNG", None, 0, "good", "train"),
+        ("Class1", "Class1/Train/0002.PNG", "Class1/Train/Label/0002_label.PNG", 1, "defective", "train"),
+        ("Class1", "Class1/Test/0501.PNG", None, 0, "good", "test"),
+        ("Class1", "Class1/Test/0502.PNG", "Class1/Test/Label/0502_label.PNG", 1, "defective", "test"),
+    }
+
+
+COLUMNS = ("image", "label", "mask", "category", "defect_type", "split", "group", "remark")
+RECORDS = (
+    ("a/1.jpg", "Good", "", "valve", "", "train", "", "first"),
+    ("a/2.jpg", "1", "m/2.png", "valve", "dent", "test", "p7", ""),
+    ("./a/3.jpg", "defective", "", "", "", "", "p7", ""),
+    ("a/4.jpg", "0", "m/4.png", "", "scratch", "", "", ""),
+)
+LISTED = {
+    ("valve", "a/1.jpg", None, 0, "good", "train"),
+    ("valve", "a/2.jpg", "m/2.png", 1, "dent", "test"),
+    ("mine", "a/3.jpg", None, 1, "defective", ""),
+    ("mine", "a/4.jpg", None, 0, "good", ""),
+}
+
+
+def write_table(path: Path, records: tuple[tuple[str, ...], ...] = RECORDS, columns: tuple[str, ...] = COLUMNS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(",".join(record) for record in (columns, *records)) + "\n", encoding="utf-8-sig")
+    return path
+
+
+def test_table_as_csv(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "images.csv")
+    assert rows(tmp_path, "table") == LISTED
+    items = LAYOUTS["table"].list_items(path, "mine")
+    assert items == LAYOUTS["table"].list_items(tmp_path, "mine")
+    assert [item.group for item in items] == ["", "p7", "p7", ""]
+
+
+def test_table_as_parquet_takes_numbers_and_nulls(tmp_path: Path) -> None:
+    columns = dict(zip(COLUMNS, zip(*RECORDS, strict=True), strict=True))
+    arrays = {name: [value or None for value in values] for name, values in columns.items() if name != "label"}
+    pq.write_table(pa.table({**arrays, "label": [0, 1, 1, 0]}), tmp_path / "images.parquet")
+    assert rows(tmp_path, "table") == LISTED
+    pq.write_table(pa.table({"image": ["a/1.jpg", "a/2.jpg"], "label": [False, True]}), tmp_path / "images.parquet")
+    assert rows(tmp_path, "table") == {
+        ("mine", "a/1.jpg", None, 0, "good", ""),
+        ("mine", "a/2.jpg", None, 1, "defective", ""),
+    }
+
+
+def test_table_may_name_absolute_paths_and_linked_folders(tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/linked").symlink_to(tmp_path)
+    write_table(tmp_path / "table/t.csv", ((f"{tmp_path}/table/1.jpg", "good"), ("linked/2.jpg", "1")), COLUMNS[:2])
+    assert {row[1] for row in rows(tmp_path / "table", "table")} == {"1.jpg", "linked/2.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (("1.jpg", "gooood"), "row 2: label is 'gooood', but must be 0 or 1, good or defective"),
+        (("1.jpg", ""), "row 2: label is '', but must be"),
+        (("", "good"), "row 2: image is empty"),
+        (("../1.jpg", "good"), "row 2: ../1.jpg lies outside the table's folder"),
+        (("1.jpg", "1", "/elsewhere/1.png"), "row 2: /elsewhere/1.png lies outside"),
+        (("a/1.jpg", "good"), "row 2: image a/1.jpg is listed in row 1 too"),
+        (("a/../a/1.jpg", "good"), "is listed in row 1 too"),
+        (("1.jpg", "1", "", "", "good"), "row 2: defect_type is 'good', but label is '1'"),
+        (("1.jpg", "good", "", "", "", "val"), "row 2: split is 'val', but must be train, test or empty"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_number(tmp_path: Path, record: tuple[str, ...], message: str) -> None:
+    write_table(tmp_path / "t.csv", (("a/1.jpg", "good"), record))
+    with pytest.raises(SSNError) as error:
+        LAYOUTS["table"].list_items(tmp_path, "mine")
+    assert message in str(error.value)
+    assert str(tmp_path / "t.csv") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_that_is_none_or_one_of_several_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.csv", (), ("image", "mask"))
+    with pytest.raises(SSNError, match=r"a.csv has no column 'label'; it must have image, label$"):
+        LAYOUTS["table"].list_items(tmp_path, "mine")
+    (tmp_path / "b.parquet").write_bytes(b"junk")
+    with pytest.raises(SSNError, match=r"holds 2 tables, a.csv first; give one of them as --raw"):
+        LAYOUTS["table"].list_items(tmp_path, "mine")
+    with pytest.raises(SSNError, match=r"table .*b.parquet cannot be read: "):
+        LAYOUTS["table"].list_items(tmp_path / "b.parquet", "mine")
+    (tmp_path / "a.csv").write_bytes(b"image,label\n\xff\xfe,good\n")
+    with pytest.raises(SSNError, match=r"table .*a.csv cannot be read: "):
+        LAYOUTS["table"].list_items(tmp_path / "a.csv", "mine")
 
 
 def test_folder_of_one_category(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ def parse(**changes: Any) -> Manifest:
 
 
 def test_the_datasets_are_all_shipped() -> None:
-    assert {"mvtec_ad", "visa", "btad", "magnetic_tile", "folder_template", "synthetic_surfaces"} <= set(SHIPPED)
+    assert set(SHIPPED) == {
+        *("mvtec_ad", "visa", "btad", "mpdd", "magnetic_tile", "ksdd", "ksdd2", "sensum", "dagm"),
+        *("folder_template", "synthetic_surfaces"),
+    }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -30,14 +33,25 @@ def test_every_shipped_manifest_loads(name: str) -> None:
     manifest = load_manifest(name)
     assert manifest.name == name or name == "folder_template"
     assert manifest.layout in LAYOUTS
-    config = unflatten({**flatten(Config()), **manifest.defaults})
-    assert config.data.image_size == config.eval.size
+    for category in ("", *manifest.categories):
+        config = unflatten({**flatten(Config()), **manifest.defaults_of(category)})
+        assert config.data.image_size == config.eval.size
     assert pickle.loads(pickle.dumps(manifest)) == manifest
 
 
 @pytest.mark.parametrize(
     ("name", "num_categories", "threshold"),
-    [("mvtec_ad", 15, 0.2), ("visa", 12, 0.6), ("btad", 3, 0.2), ("magnetic_tile", 1, 0.6)],
+    [
+        ("mvtec_ad", 15, 0.2),
+        ("visa", 12, 0.6),
+        ("btad", 3, 0.2),
+        ("mpdd", 6, 0.2),
+        ("magnetic_tile", 1, 0.6),
+        ("ksdd", 1, 0.6),
+        ("ksdd2", 1, 0.6),
+        ("sensum", 2, 0.6),
+        ("dagm", 10, 0.6),
+    ],
 )
 def test_published_datasets_start_from_the_papers_thresholds(name: str, num_categories: int, threshold: float) -> None:
     manifest = load_manifest(name)
@@ -46,6 +60,31 @@ def test_published_datasets_start_from_the_papers_thresholds(name: str, num_cate
     assert manifest.title
     assert manifest.license
     assert manifest.homepage.startswith("https://")
+
+
+@pytest.mark.parametrize(
+    ("name", "category", "image_size"),
+    [
+        ("ksdd2", "ksdd2", [640, 232]),
+        ("sensum", "capsule", [320, 192]),
+        ("sensum", "softgel", [144, 144]),
+        ("mvtec_ad", "bottle", [256, 256]),
+        ("visa", "candle", [256, 256]),
+    ],
+)
+def test_image_sizes_are_the_paper_s(name: str, category: str, image_size: list[int]) -> None:
+    """Height and width, as in the configuration of ICPR 2024's own code."""
+    assert load_manifest(name).defaults_of(category)["data.image_size"] == image_size
+
+
+def test_a_category_s_defaults_go_before_the_dataset_s() -> None:
+    manifest = parse(
+        categories=["a", "b"],
+        defaults={"train.epochs": 5, "data.image_size": [64, 64]},
+        category_defaults={"b": {"data.image_size": [32, 48]}},
+    )
+    assert manifest.defaults_of("a") == {"train.epochs": 5, "data.image_size": [64, 64]}
+    assert manifest.defaults_of("b") == {"train.epochs": 5, "data.image_size": [32, 48]}
 
 
 def test_the_template_shows_every_key() -> None:
@@ -99,6 +138,16 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         ({"defaults": {"train.lr_heads": "1e-4"}}, "train.lr_heads is '1e-4', but must be like 0.0002 (YAML wants"),
         ({"defaults": {"synthesis.noise_sigma": -1.0}}, "default synthesis.noise_sigma is -1.0, but must be in"),
         ({"defaults": ["train.epochs"]}, "defaults must map"),
+        ({"category_defaults": ["a"]}, "category_defaults must map categories to defaults"),
+        (
+            {"category_defaults": {"a": {"train.epoch": 1}}},
+            "under category_defaults.a in parts.yaml 'train.epoch'; did",
+        ),
+        ({"category_defaults": {"a": 3}}, "category_defaults.a must map"),
+        (
+            {"categories": ["gasket"], "category_defaults": {"gaskets": {}}},
+            "unknown category under category_defaults in parts.yaml 'gaskets'; did you mean 'gasket'?",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_refused(changes: dict[str, Any], message: str) -> None:

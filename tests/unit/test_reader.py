@@ -89,6 +89,40 @@ def test_a_search_cannot_reach_the_test_images(shards: Path) -> None:
         open_test_data(str(shards), "parts", "widget")
 
 
+def test_ids_are_read_without_the_images(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, test = open_search_data(str(stored), "parts", "widget"), open_test_data(str(stored), "parts", "widget")
+    streamed = {sample.id for split in SEARCH_SPLITS for sample in search.stream(split)}
+    in_test = {sample.id for sample in test.stream()}
+    read: list[list[str]] = []
+    original = reader_module._RowGroupReader.read
+
+    def spy(*args: object, **kwargs: object) -> pa.Table:
+        table = original(*args, **kwargs)  # type: ignore[arg-type]
+        read.append(table.column_names)
+        return table
+
+    monkeypatch.setattr(reader_module._RowGroupReader, "read", spy)
+    assert search.ids() == streamed
+    assert test.ids() == in_test
+    assert not streamed & in_test
+    assert (len(streamed), len(in_test)) == (44, 18)
+    assert {tuple(names) for names in read} == {("id",)}
+
+
+def test_ids_of_a_search_need_nothing_of_the_test_split(shards: Path) -> None:
+    expected = open_search_data(str(shards), "parts", "widget").ids()
+    for path in (shards / "parts/widget").glob("test*"):
+        path.unlink()
+    assert open_search_data(str(shards), "parts", "widget").ids() == expected
+
+
+def test_ids_of_a_damaged_shard_are_an_error(shards: Path) -> None:
+    path = shards / "parts/widget/test-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(SSNError, match=r"test-00000.parquet is corrupt at row group 0"):
+        open_test_data(str(shards), "parts", "widget").ids()
+
+
 def test_search_samples_are_of_their_split(stored: Path) -> None:
     search = open_search_data(str(stored), "parts", "widget")
     for split in SEARCH_SPLITS:

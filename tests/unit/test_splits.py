@@ -18,6 +18,8 @@ from ssn.data.splits import (
     ImageKey,
     SplitPolicy,
     assign_splits,
+    digest_fold,
+    official_split,
     search_fingerprint,
     side_of,
     test_fingerprint,
@@ -92,6 +94,25 @@ def test_growth_never_moves_what_was_assigned(
     before = assign(early, [link for link in links if known.issuperset(link)], kind=kind)
     after = assign(images, links, kind=kind, existing=before.splits)
     assert {image_id: after.splits[image_id] for image_id in known} == before.splits
+
+
+@given(categories(), st.sampled_from(KINDS), st.randoms(use_true_random=False), st.data())
+def test_growth_in_any_order_and_batches_never_moves_anything(
+    category: tuple[list[ImageKey], list[tuple[str, str]]], kind: str, shuffler: random.Random, data: st.DataObject
+) -> None:
+    images, links = category
+    waiting = list(images)
+    shuffler.shuffle(waiting)
+    here: list[ImageKey] = []
+    assigned: dict[str, str] = {}
+    while waiting:
+        size = data.draw(st.integers(1, len(waiting)))
+        here, waiting = here + waiting[:size], waiting[size:]
+        known = {image.id for image in here}
+        grown = assign(here, [link for link in links if known.issuperset(link)], kind=kind, existing=assigned).splits
+        assert {name: grown[name] for name in assigned} == assigned
+        assert set(grown) == known
+        assigned = dict(grown)
 
 
 @given(categories(), st.sampled_from(KINDS), st.integers(0, 3))
@@ -220,6 +241,28 @@ def test_small_strata_are_merged_and_reported() -> None:
 def test_a_stratum_too_small_even_together_joins_the_smallest_other() -> None:
     images = keys(10, 1, "dent", "test") + keys(5, 1, "scratch", "test") + keys(1, 1, "oil", "test")
     assert assign(images).notes == ("oil: fewer than 3 distinct images each; split together as oil + scratch",)
+
+
+@given(categories())
+def test_official_splits_are_the_published_ones(category: tuple[list[ImageKey], list[tuple[str, str]]]) -> None:
+    for image in category[0]:
+        split = official_split(image.published_split or "train", image.label)
+        assert split == ("test" if image.published_split == "test" else "pool" if image.label else "train")
+
+
+def test_digest_folds_are_about_even_and_depend_on_the_image_alone() -> None:
+    folds = [digest_fold(f"{index:04d}", 3) for index in range(900)]
+    assert Counter(folds).keys() == {0, 1, 2}
+    assert all(250 < count < 350 for count in Counter(folds).values())
+    assert folds[:10] == [digest_fold(f"{index:04d}", 3) for index in range(10)]
+
+
+def test_parts_of_mixed_labels_fill_the_quotas_of_their_defects() -> None:
+    """Eight surfaces a part, one of them defective, as in KolektorSDD: a part never lies on two sides."""
+    images = [ImageKey(f"{part:02d}-{index}", int(not index), "x", "") for part in range(50) for index in range(8)]
+    links = [(image.id, f"{image.id[:2]}-0") for image in images]
+    counts = Counter(assign(images, links, kind="unsplit").splits.values())
+    assert counts == {"train": 210, "pool": 30, "validation": 80, "test": 80}
 
 
 @pytest.mark.parametrize(
