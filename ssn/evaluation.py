@@ -1,8 +1,11 @@
-"""Scoring a split with a finished model: metrics, and the cases worth looking at."""
+"""Scoring a split with a finished model: metrics, and the cases worth looking at.
+
+What has a value per pixel goes to temporary files as it comes, so that memory does not grow with the split.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +17,18 @@ from ssn.data.records import Sample
 from ssn.engine import evaluation_maps
 from ssn.errors import SSNError
 from ssn.features import load_image_batches
-from ssn.metrics import Metrics, image_metrics, pixel_metrics
+from ssn.metrics import Metrics, bootstrap_intervals, image_metrics, pixel_metrics
 from ssn.predictor import Predictor
+from ssn.spool import Spool
 from ssn.visualize import Case
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and metrics of one split, in the order it was streamed."""
+    """Scores and metrics of one split, in the order it was streamed.
+
+    Maps, masks and images are mapped from temporary files, which are gone when nothing refers to them any more.
+    """
 
     metrics: Metrics
     ids: tuple[str, ...]
@@ -32,8 +39,8 @@ class Evaluation:
     """float32 [N, height, width] at ``eval.size``."""
     masks: tuple[np.ndarray | None, ...]
     """Bool [height, width] at ``eval.size``; None: no mask."""
-    images: tuple[np.ndarray, ...]
-    """uint8 [height, width, 3] at ``eval.size``; empty unless they were asked for."""
+    images: np.ndarray
+    """uint8 [N, height, width, 3] at ``eval.size``; N is 0 unless they were asked for."""
 
     @property
     def num_masks(self) -> int:
@@ -61,9 +68,11 @@ class Evaluation:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Metrics that are defined, why the others are not, and counts."""
+        """Metrics that are defined, 95 % intervals of those of images, why others are undefined, and counts."""
+        intervals = bootstrap_intervals(self.scores, self.labels, level=0.95)
         return {
             "metrics": dict(self.metrics.values),
+            "intervals_95": {name: list(bounds) for name, bounds in intervals.items()},
             "undefined": dict(self.metrics.undefined),
             "num_images": len(self.ids),
             "num_defective": int(self.labels.sum()),
@@ -82,50 +91,73 @@ def evaluate_samples(
 
     Args:
         predictor: The model.
-        samples: One split's; maps at ``eval.size`` are kept for all of it.
-        keep_images: Keep the images too, at ``eval.size``, for pictures.
+        samples: One split's. Maps at ``eval.size`` take 4 bytes per pixel in a temporary file, masks 1.
+        keep_images: Keep the images too, at ``eval.size``, for pictures: 3 bytes per pixel.
         on_progress: Called with the number of images done.
 
     Raises:
-        SSNError: there are no images, or one cannot be decoded.
+        SSNError: there are no images, one cannot be decoded, or the disk with the temporary files is full.
     """
     config = predictor.config
     height, width = config.eval.size
-    ids, paths, labels, scores, maps, masks, images = [], [], [], [], [], [], []
-    for batch, x_BCHW in load_image_batches(samples, config):
-        map_BHW, score_B = predictor.score_raw(x_BCHW)
-        maps.append(evaluation_maps(map_BHW, config.data.image_size, config.eval.size).cpu().numpy())
-        scores.extend(score_B.tolist())
-        for sample in batch:
-            ids.append(sample.id)
-            paths.append(sample.source_path)
-            labels.append(sample.label)
-            mask = None if sample.mask is None else decode_mask(sample.mask, source=sample.source_path)
-            masks.append(None if mask is None else resize_mask(mask, config.eval.size))
-            if keep_images:
-                picture = Image.fromarray(decode_image(sample.image, source=sample.source_path))
-                images.append(np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)))
-        if on_progress is not None:
-            on_progress(len(ids))
-    if not ids:
-        raise SSNError("the split to evaluate has no images; choose another split or ingest more images")
-    labels_N, maps_NHW = np.array(labels), np.concatenate(maps)
-    # a defective image without a mask says nothing about its pixels
-    known = [i for i in range(len(ids)) if labels[i] == 0 or masks[i] is not None]
-    empty = np.zeros(config.eval.size, bool)
-    pixels = pixel_metrics(
-        [maps_NHW[i] for i in known],
-        [empty if (mask := masks[i]) is None else mask for i in known] if any(m is not None for m in masks) else None,
-        fpr_limit=config.eval.aupro_fpr_limit,
-    )
-    of_images = image_metrics(np.array(scores), labels_N)
-    return Evaluation(
-        metrics=Metrics(of_images.values | pixels.values, of_images.undefined | pixels.undefined),
-        ids=tuple(ids),
-        source_paths=tuple(paths),
-        labels=labels_N,
-        scores=np.array(scores),
-        maps=maps_NHW,
-        masks=tuple(masks),
-        images=tuple(images),
-    )
+    ids, paths, labels, scores = [], [], [], []
+    mask_at: list[int | None] = []  # each image's place among the masks
+    with (
+        Spool((height, width), np.float32) as maps,
+        Spool((height, width), bool) as masks,
+        Spool((height, width, 3), np.uint8) as images,
+    ):
+        for batch, x_BCHW in load_image_batches(samples, config):
+            map_BHW, score_B = predictor.score_raw(x_BCHW)
+            for map_HW in evaluation_maps(map_BHW, config.data.image_size, config.eval.size).cpu().numpy():
+                maps.append(map_HW)
+            scores.extend(score_B.tolist())
+            for sample in batch:
+                ids.append(sample.id)
+                paths.append(sample.source_path)
+                labels.append(sample.label)
+                mask_at.append(None if sample.mask is None else len(masks))
+                if sample.mask is not None:
+                    mask_HW = decode_mask(sample.mask, source=sample.source_path)
+                    masks.append(resize_mask(mask_HW, config.eval.size))
+                if keep_images:
+                    picture = Image.fromarray(decode_image(sample.image, source=sample.source_path))
+                    images.append(np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)))
+            if on_progress is not None:
+                on_progress(len(ids))
+        if not ids:
+            raise SSNError("the split to evaluate has no images; choose another split or ingest more images")
+        # a defective image without a mask says nothing about its pixels
+        known = [i for i in range(len(ids)) if labels[i] == 0 or mask_at[i] is not None]
+        pixels = pixel_metrics(
+            _Selected(maps, known),
+            _Selected(masks, [mask_at[i] for i in known]) if len(masks) else None,
+            fpr_limit=config.eval.aupro_fpr_limit,
+        )
+        of_images = image_metrics(scores, labels)
+        mapped_masks = masks.mapped()
+        return Evaluation(
+            metrics=Metrics(of_images.values | pixels.values, of_images.undefined | pixels.undefined),
+            ids=tuple(ids),
+            source_paths=tuple(paths),
+            labels=np.array(labels),
+            scores=np.array(scores),
+            maps=maps.mapped(),
+            masks=tuple(None if at is None else mapped_masks[at] for at in mask_at),
+            images=images.mapped(),
+        )
+
+
+class _Selected(Sequence[np.ndarray]):
+    """Some of a spool's arrays, read when they are asked for; zeros in the place of None."""
+
+    def __init__(self, spool: Spool, index: Sequence[int | None]) -> None:
+        self._spool, self._index = spool, index
+        self._zeros = np.zeros_like(spool[0])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, position: Any) -> Any:
+        at = self._index[position]
+        return self._zeros if at is None else self._spool[at]

@@ -99,6 +99,13 @@ class AnomalibSide:
         self.optimizer.step()
         return logged
 
+    def run_epoch(self, images_NCHW: Tensor, batch_size: int) -> float:
+        """Train on all images in a random order, then move the learning rates' schedule; returns the mean loss."""
+        batches = torch.randperm(len(images_NCHW)).split(batch_size)
+        total = sum(self.training_step(images_NCHW[batch]) * len(batch) for batch in batches)
+        self.scheduler.step()
+        return total / len(images_NCHW)
+
     @torch.inference_mode()
     def predict(self, images_BCHW: Tensor, *, autocast: bool = False) -> tuple[Tensor, Tensor]:
         """Smoothed map [B, height, width] and score [B], as probabilities."""

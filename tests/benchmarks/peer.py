@@ -314,10 +314,8 @@ def epochs_row(backbone_name: str, options: Options, result: Result, on_round: O
     )
     torch.manual_seed(config.train.train_seed)
     for epoch in range(options.epochs):
-        for batch in torch.randperm(len(images)).split(options.batch):
-            loss = peer.training_step(images[batch])
-        peer.scheduler.step()
-        _say(f"anomalib: epoch {epoch + 1} of {options.epochs}, last loss {loss:.3f}")
+        loss = peer.run_epoch(images, options.batch)
+        _say(f"anomalib: epoch {epoch + 1} of {options.epochs}, loss {loss:.3f}")
     net.load_state_dict(peer.heads_state())
     finish("anomalib fp32", start, net)
 

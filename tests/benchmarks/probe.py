@@ -52,12 +52,17 @@ def main(request: dict[str, Any]) -> None:
 
     torch.set_num_threads(request["threads"])
     work = _prepare(Case(**request["case"]), request["side"], request["work"])
+    print(json.dumps({"bytes": peak_beyond_now(lambda: (work(), work()))}))
+
+
+def peak_beyond_now(work: Callable[[], object]) -> int:
+    """Most memory that this process holds during ``work``, in bytes beyond what it holds now."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or freed memory of the preparations would be used again without being counted
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-    work(), work()
-    print(json.dumps({"bytes": _status("VmHWM") - before}))
+    work()
+    return _status("VmHWM") - before
 
 
 def _prepare(case: Case, side: str, work: str) -> Callable[[], object]:

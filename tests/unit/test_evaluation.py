@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import mmap
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
+from typer.testing import CliRunner
 
+from ssn.cli import app
 from ssn.data.preprocess import decode_image, decode_mask, resize_mask
 from ssn.data.reader import open_test_data
 from ssn.data.records import Sample
 from ssn.errors import SSNError
 from ssn.evaluation import evaluate_samples
+from ssn.metrics import bootstrap_intervals
 from ssn.predictor import Predictor
 from tests.tolerances import FLOAT64_RTOL, GOLDEN_ATOL, GOLDEN_RTOL
 
@@ -58,6 +64,8 @@ def test_report_counts_what_was_scored(predictor: Predictor, samples: list[Sampl
     found = evaluate_samples(predictor, samples, on_progress=seen.append)
     report = found.to_dict()
     assert report["metrics"] == found.metrics.values
+    intervals = bootstrap_intervals(found.scores, found.labels)
+    assert report["intervals_95"] == {name: list(bounds) for name, bounds in intervals.items()}
     assert (report["num_images"], report["num_defective"], report["num_masks"]) == (11, 8, 8)
     assert seen == [4, 8, 11]
 
@@ -86,6 +94,7 @@ def test_one_class_leaves_image_metrics_undefined(predictor: Predictor, samples:
     found = evaluate_samples(predictor, [s for s in samples if s.label == 0])
     assert found.metrics.values == {}
     assert all(found.metrics.undefined.values())
+    assert found.to_dict()["intervals_95"] == {}
     assert {"image_auroc", "image_ap", "pixel_ap", "aupro"} <= set(found.metrics.undefined)
 
 
@@ -113,3 +122,35 @@ def test_cases_carry_what_is_drawn(predictor: Predictor, samples: list[Sample]) 
         assert abs(float(case.image_HW3.mean()) - float(original.mean())) < 5
     with pytest.raises(ValueError, match="keep_images=True"):
         evaluate_samples(predictor, samples).cases()
+
+
+def test_maps_masks_and_images_are_read_from_files_that_are_gone(
+    predictor: Predictor, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = evaluate_samples(predictor, samples, keep_images=True)
+    assert list(tmp_path.iterdir()) == []
+    assert found.maps.shape == (len(samples), *EVAL_SIZE)
+    assert found.maps.dtype == np.float32
+    assert found.images.shape == (len(samples), *EVAL_SIZE, 3)
+    assert isinstance(found.maps.base, mmap.mmap)
+    for sample, mask in zip(samples, found.masks, strict=True):
+        if sample.mask is None:
+            assert mask is None
+        else:
+            assert mask is not None
+            assert np.array_equal(mask, resize_mask(decode_mask(sample.mask, source="x"), EVAL_SIZE))
+    with pytest.raises(SSNError):
+        evaluate_samples(predictor, [*samples, replace(samples[0], image=b"")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_prints_and_writes_intervals(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    result = CliRunner().invoke(app, ["evaluate", str(tiny_model), "--data", str(tiny_data), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert json.loads(file.read_text()) == content
+    assert set(content["intervals_95"]) == {"image_auroc", "image_ap", "image_f1_max"}
+    for name, (low, high) in content["intervals_95"].items():
+        assert 0 <= low <= content["metrics"][name] <= high <= 1
