@@ -32,7 +32,7 @@ import torch
 from scipy import ndimage
 
 from ssn.backbone import Backbone
-from ssn.config import NUMERICS_VERSION, Config, ModelConfig, SynthesisConfig, TrainConfig
+from ssn.config import NUMERICS_VERSION, Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig
 from ssn.data.reader import SearchData, open_search_data, open_test_data
 from ssn.engine import Trainer
 from ssn.errors import SSNError
@@ -197,6 +197,8 @@ class Options:
     category: str
     backbone: str
     weights: str
+    size: int
+    """Side of the images, pixels."""
     epochs: int
     batch: int
 
@@ -204,6 +206,8 @@ class Options:
         """Our settings: the defaults, but for anomalib's variant and its length of an epoch."""
         return Config(
             model=ModelConfig(variant=VARIANT, backbone=self.backbone, weights=self.weights),
+            data=DataConfig(image_size=(self.size, self.size)),
+            eval=EvalConfig(size=(self.size, self.size)),
             synthesis=SynthesisConfig(noise_sigma=0.015, perlin_threshold=0.2),
             train=TrainConfig(epochs=self.epochs, batch_size=self.batch, draws_per_epoch=num_images, train_seed=seed),
         )
@@ -230,6 +234,7 @@ class Comparison:
             "test_fingerprint": self.data.info.test_fingerprint,
             "backbone": self.options.backbone,
             "weights_digest": self.backbone.digest,
+            "size": self.options.size,
             "epochs": self.options.epochs,
             "batch": self.options.batch,
             "numerics_version": NUMERICS_VERSION,
@@ -336,9 +341,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     """A table in points, and what its intervals exclude."""
     settings, counts = result["settings"], result["counts"]
     lines = [
-        f"{settings['dataset']}/{settings['category']}, {settings['backbone']}, unsupervised: {counts['train']} "
-        f"training images, epochs {settings['epochs']}, batch {settings['batch']}, seeds {len(result['seeds'])}; test "
-        f"images: {counts['normal']} normal, {counts['defective']} defective; anomalib {settings['anomalib']}.",
+        f"{settings['dataset']}/{settings['category']}, {settings['backbone']}, {settings['size']} x {settings['size']}, "
+        f"unsupervised: {counts['train']} training images, epochs {settings['epochs']}, batch {settings['batch']}, seeds "
+        f"{len(result['seeds'])}; test images: {counts['normal']} normal, {counts['defective']} defective; anomalib "
+        f"{settings['anomalib']}.",
         "In points; mean ± standard deviation over seeds; the interval is of the difference, over images and seeds.",
         "",
         "| metric | ours | anomalib | difference | 95 % interval | excludes a loss of more than 1 |",
@@ -390,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", required=True, help="model.weights")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--epochs", type=int, default=15, help="15: half an hour with ResNet18 on two cores")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resamples", type=int, default=1000)
@@ -400,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("anomalib is not installed; pip install -e '.[bench]'")
     warnings.simplefilter("ignore")  # other people's deprecations; the test suite makes ours errors
     torch.set_num_threads(arguments.threads)
-    names = ("data", "dataset", "category", "backbone", "weights", "epochs", "batch")
+    names = ("data", "dataset", "category", "backbone", "weights", "size", "epochs", "batch")
     comparison = Comparison(Options(**{name: getattr(arguments, name) for name in names}))
     settings = comparison.settings()
     out: Path = arguments.out
