@@ -341,10 +341,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     """A table in points, and what its intervals exclude."""
     settings, counts = result["settings"], result["counts"]
     lines = [
-        f"{settings['dataset']}/{settings['category']}, {settings['backbone']}, {settings['size']} x {settings['size']}, "
-        f"unsupervised: {counts['train']} training images, epochs {settings['epochs']}, batch {settings['batch']}, seeds "
-        f"{len(result['seeds'])}; test images: {counts['normal']} normal, {counts['defective']} defective; anomalib "
-        f"{settings['anomalib']}.",
+        f"{settings['dataset']}/{settings['category']}, {settings['backbone']}, {settings['size']} x {settings['size']}"
+        f" pixels, unsupervised: {counts['train']} training images, epochs {settings['epochs']}, batch "
+        f"{settings['batch']}, seeds {len(result['seeds'])}; test images: {counts['normal']} normal, "
+        f"{counts['defective']} defective; anomalib {settings['anomalib']}.",
         "In points; mean ± standard deviation over seeds; the interval is of the difference, over images and seeds.",
         "",
         "| metric | ours | anomalib | difference | 95 % interval | excludes a loss of more than 1 |",
