@@ -18,7 +18,7 @@ from ssn.errors import SSNError
 
 # Raised whenever the same configuration, data and seeds would train to different numbers than before; part of every
 # trial's identity, so that old results are never mistaken for new ones.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 Variant = Literal["icpr", "jims"]
 Size = tuple[int, int]
@@ -88,16 +88,22 @@ class TrainConfig:
     """Where the truncated L1 loss on the map is cut off."""
     focal_gamma: float = 4.0
     supervision_ratio: float = 0.0
-    """Share, in [0, 1], of the labelled defective training images whose masks are used."""
-    weak_labels: Literal["drop"] = "drop"
-    """What happens to the labelled defective images whose masks are not used: ``drop`` leaves them out."""
+    """Share, in [0, 1], of the defective training images with a mask whose masks are used."""
+    weak_labels: Literal["drop", "use"] = "drop"
+    """What happens to the defective training images whose masks are not used, or that have none: ``drop`` leaves them
+    out, ``use`` trains on their label alone (JIMS 2025)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of every matrix product with a weight but the noise's; bf16 is faster where the processor has bf16
     units, and changes gradients by some percent of their norm."""
     noise_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the synthetic noise's matrix products; bf16 is faster where the processor has bf16 units."""
+    sampling: Literal["balanced", "official"] = "balanced"
+    """What an epoch is. ``balanced``: ``draws_per_epoch`` images, half of them defective where any is used.
+    ``official``: what it is in the papers' code, every normal image once or, where defective images are used, each of
+    them under each of its four flips and as many normal images."""
     draws_per_epoch: int | None = None
-    """Images drawn per epoch; None: max(normals, 8 x labelled defects available at ratio 1)."""
+    """Images drawn per epoch of ``balanced`` sampling; None: max(normals, 8 x defective images with a mask), which is
+    the same for every ``supervision_ratio`` and ``weak_labels``."""
     label_seed: int = 0
     """Which defective images are the first to be used as ``supervision_ratio`` grows."""
     train_seed: int = 0
@@ -148,13 +154,16 @@ class Config:
         check("train.epochs", t.epochs >= 1, t.epochs, "at least 1")
         check("train.batch_size", t.batch_size >= 1, t.batch_size, "at least 1")
         check("train.supervision_ratio", 0 <= t.supervision_ratio <= 1, t.supervision_ratio, "in [0, 1]")
-        check("train.weak_labels", t.weak_labels == "drop", t.weak_labels, "drop")
+        check("train.weak_labels", t.weak_labels in ("drop", "use"), t.weak_labels, "drop or use")
+        check("train.sampling", t.sampling in ("balanced", "official"), t.sampling, "balanced or official")
         check("train.lr_adaptor", t.lr_adaptor > 0, t.lr_adaptor, "positive")
         check("train.lr_heads", t.lr_heads > 0, t.lr_heads, "positive")
         check("train.grad_clip_norm", t.grad_clip_norm > 0, t.grad_clip_norm, "positive")
         check("train.truncation", t.truncation > 0, t.truncation, "positive")
         check("train.focal_gamma", t.focal_gamma >= 0, t.focal_gamma, "at least 0")
         check("train.draws_per_epoch", t.draws_per_epoch is None or t.draws_per_epoch >= 1, t.draws_per_epoch, ">= 1")
+        fixed = t.sampling == "official" and t.draws_per_epoch is not None
+        check("train.draws_per_epoch", not fixed, t.draws_per_epoch, "null with train.sampling=official")
 
     def resolved(self) -> Config:
         """This configuration with every variant-dependent None filled in; its hash is the canonical one."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from ssn.bundle import CALIBRATION_PREFIX, OPTIMIZER_PREFIX, head_tensors
 from ssn.checkpoint import load_checkpoint, save_checkpoint
 from ssn.config import Config, Size
-from ssn.data.sampling import Draws, epoch_draws, supervised_subset
+from ssn.data.reader import CategoryInfo
+from ssn.data.sampling import Draws, epoch_draws, official_draws, supervised_subset
 from ssn.errors import SSNError
-from ssn.features import CategoryFeatures, SplitFeatures
+from ssn.features import CategoryFeatures, SplitFeatures, num_images
 from ssn.losses import total_loss
 from ssn.metrics import Metrics, image_metrics, pixel_metrics
 from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
@@ -42,7 +43,7 @@ class EpochReport:
     """``train_loss``, ``val_loss``, ``val_<metric>``, ``lr_heads``; ``epoch_duration_s``, of which ``train_duration_s``
     was training; ``duration_s`` since the run began, interruptions left out."""
     undefined: dict[str, str] = field(default_factory=dict)
-    """Validation metrics that cannot be computed, and why."""
+    """What cannot be computed of the validation split, and why."""
 
 
 class Report(Protocol):
@@ -53,29 +54,53 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which labelled defective images a run trains on."""
+    """Which defective images a run trains on, and with what (JIMS 2025).
+
+    Without any the run is unsupervised, with labels alone weakly, with the masks of the whole pool fully supervised;
+    in between, its supervision is mixed.
+    """
 
     used: np.ndarray
-    """Indices into the pool's images with masks."""
+    """Indices into the pool: images used with their masks."""
+    weak: np.ndarray
+    """Indices into the pool: images used with their label alone."""
     num_available: int
-    """Labelled defective images available at ratio 1."""
+    """Images whose masks ratio 1 would use."""
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """Indices into the pool of all images used, increasing."""
+        return np.union1d(self.used, self.weak)
 
     @property
     def supervised(self) -> bool:
         """Whether any real defect is used (clipped gradients, no stop-gradient, flips)."""
-        return len(self.used) > 0
+        return len(self.used) + len(self.weak) > 0
 
 
 def choose_supervision(config: Config, pool: SplitFeatures) -> Supervision:
-    """Apply ``train.supervision_ratio`` and ``train.label_seed`` to the labelled pool (ICPR 2024, section 4.3)."""
+    """Apply ``train.supervision_ratio``, ``train.label_seed`` and ``train.weak_labels`` to the pool (ICPR 2024, section
+    4.3; JIMS 2025)."""
+    train = config.train
     used = supervised_subset(
-        pool.defect_types,
-        pool.has_mask_N.tolist(),
-        pool.ids,
-        config.train.supervision_ratio,
-        config.train.label_seed,
+        pool.defect_types, pool.has_mask_N.tolist(), pool.ids, train.supervision_ratio, train.label_seed
     )
-    return Supervision(used=used, num_available=int(pool.has_mask_N.sum()))
+    left = np.setdiff1d(np.arange(len(pool.ids)), used)
+    return Supervision(
+        used=used,
+        weak=left if train.weak_labels == "use" else left[:0],
+        num_available=int(pool.has_mask_N.sum()),
+    )
+
+
+def missing_labels(config: Config, info: CategoryInfo) -> str | None:
+    """One line for the user where a configuration asks for labels that the category has none of; None: it has them."""
+    pool, train = info.counts["pool"], config.train
+    if train.weak_labels == "use" and pool.defective == 0:
+        return f"{info.category}: the pool has no defective images, so train.weak_labels=use adds none"
+    if train.supervision_ratio > 0 and pool.masks == 0:
+        return f"{info.category}: the pool has no masks, so train.supervision_ratio is taken as 0"
+    return None
 
 
 class Trainer:
@@ -91,7 +116,11 @@ class Trainer:
         self.config = config.resolved()
         self.features = features
         self.device = torch.device(device)
+        if len(features.pool.ids) < num_images(self.config, features.info, "pool"):
+            raise RuntimeError("the features lack pool images without masks; make them with train.weak_labels=use")
         self.supervision = choose_supervision(self.config, features.pool)
+        self._drawn = self.supervision.drawn
+        self._is_weak = np.isin(np.arange(len(features.pool.ids)), self.supervision.weak)
         train = self.config.train
         self.net = SuperSimpleNet(features.channels, self.config.model, generator_seed=train.train_seed).to(self.device)
         adaptor, heads = self.net.parameter_groups()
@@ -120,14 +149,7 @@ class Trainer:
         factor = learning_rate_factor(epoch, train.epochs, train.lr_gamma)
         for group, base in zip(self.optimizer.param_groups, (train.lr_adaptor, train.lr_heads), strict=True):
             group["lr"] = base * factor
-        draws = epoch_draws(
-            len(self.features.train.ids),
-            self.supervision.num_available,
-            len(self.supervision.used),
-            draws_per_epoch=train.draws_per_epoch,
-            seed=train.train_seed,
-            epoch=epoch,
-        )
+        draws = self._draw(epoch)
         self.net.train()
         total, count = 0.0, len(draws.index)
         for start in range(0, count, train.batch_size):
@@ -142,9 +164,24 @@ class Trainer:
             )
         return mean
 
+    def _draw(self, epoch: int) -> Draws:
+        train, num_normal = self.config.train, len(self.features.train.ids)
+        if train.sampling == "official":
+            return official_draws(num_normal, len(self._drawn), seed=train.train_seed, epoch=epoch)
+        return epoch_draws(
+            num_normal,
+            self.supervision.num_available,
+            len(self._drawn),
+            draws_per_epoch=train.draws_per_epoch,
+            seed=train.train_seed,
+            epoch=epoch,
+        )
+
     def _step(self, draws: Draws, rows: np.ndarray, epoch: int) -> float:
         train, synthesis = self.config.train, self.config.synthesis
-        features_BhwC, truth_BHW, sample_B = self._gather(draws, rows)
+        features_BhwC, truth_BHW, weak_B, sample_B = self._gather(draws, rows)
+        # also where its mask marks no position of the smaller map
+        defect_V = torch.from_numpy(draws.is_defect[rows]).to(self.device).repeat(2)
         views = len(rows)
         keys = np.empty((2 * views, 5), np.int64)
         keys[:, 0], keys[:, 1] = train.train_seed, epoch
@@ -157,6 +194,10 @@ class Trainer:
             rescale_empty=bool(synthesis.perlin_rescale_empty),
             device=self.device,
         )
+        # where a weakly labelled image is defective, nobody knows: it gets no noise, says nothing about its positions,
+        # and is defective; batch norms see it as any other
+        weak_V11 = weak_B.repeat(2)[:, None, None]
+        synthetic_VHW &= ~weak_V11
         noisy_VHW, mask_VHW = merge_masks(truth_BHW, synthetic_VHW)
         noise = Noise(
             rows_NC=feature_noise(keys, noisy_VHW, sum(self.features.channels), synthesis.noise_sigma),
@@ -169,9 +210,14 @@ class Trainer:
             stop_grad=not supervised,
             noise_dtype=_DTYPE[train.noise_precision],
         )
-        label_V = mask_VHW.flatten(1).any(1)
         loss = total_loss(
-            map_VHW, score_V, mask_VHW, label_V, truncation=train.truncation, gamma=train.focal_gamma
+            map_VHW,
+            score_V,
+            mask_VHW,
+            mask_VHW.flatten(1).any(1) | defect_V,
+            truncation=train.truncation,
+            gamma=train.focal_gamma,
+            weight_BHW=~weak_V11 if self._is_weak.any() else None,
         ).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -180,12 +226,13 @@ class Trainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def _gather(self, draws: Draws, rows: np.ndarray) -> tuple[list[Tensor], Tensor, np.ndarray]:
-        """Features, ground truth at map size and sample keys of a batch, in the order of the draws."""
+    def _gather(self, draws: Draws, rows: np.ndarray) -> tuple[list[Tensor], Tensor, Tensor, np.ndarray]:
+        """Features, ground truth at map size, whether an image is weakly labelled (its ground truth is then empty,
+        whatever its mask) and sample keys of a batch, in the order of the draws."""
         train, pool = self.features.train, self.features.pool
         defect_B = draws.is_defect[rows]
         image_B = draws.index[rows].copy()
-        image_B[defect_B] = self.supervision.used[image_B[defect_B]]
+        image_B[defect_B] = self._drawn[image_B[defect_B]]
         view_B = np.where(defect_B, image_B * pool.num_flips + draws.flip[rows], image_B * train.num_flips)
 
         normal_at, defect_at = np.flatnonzero(~defect_B), np.flatnonzero(defect_B)
@@ -195,18 +242,27 @@ class Trainer:
             for split, at in drawn
         ]
         *maps, truth_BHW = _interleave(parts, [at for _, at in drawn])
+        is_weak_B = np.zeros(len(rows), bool)
+        is_weak_B[defect_B] = self._is_weak[image_B[defect_B]]
+        weak_B = torch.from_numpy(is_weak_B).to(self.device)
         keys_B = np.empty(len(rows), np.int64)
         keys_B[~defect_B] = self._sample_keys["train"][image_B[~defect_B]]
         keys_B[defect_B] = self._sample_keys["pool"][image_B[defect_B]]
-        return [m.float() for m in maps], truth_BHW, keys_B
+        return [m.float() for m in maps], truth_BHW & ~weak_B[:, None, None], weak_B, keys_B
 
-    def validate(self, *, pixel: bool) -> tuple[float, Metrics]:
-        """Loss and metrics on the validation split.
+    def validate(self, *, pixel: bool) -> tuple[float | None, Metrics]:
+        """Loss and metrics on the validation split; None and no metrics where a published split has none.
 
         Args:
             pixel: Whether to compute the pixel metrics too; they sort every pixel.
+
+        Raises:
+            SSNError: the split is empty, though the data's protocol provides for one.
         """
         split, train = self.features.validation, self.config.train
+        if not split.ids and self.features.info.protocol == "official":
+            names = [*image_metrics((), ()).undefined, *(pixel_metrics((), None).undefined if pixel else ())]
+            return None, Metrics(undefined=dict.fromkeys(names, "the published split has no validation images"))
         if not split.ids:
             raise SSNError(f"{self.features.info.category} has an empty validation split; ingest more images")
         self.net.eval()
@@ -268,6 +324,7 @@ class Trainer:
                 "epochs_done": self.epochs_done,
                 "duration_s": self.duration_s,
                 "masks_used": len(self.supervision.used),
+                "weak_labels_used": len(self.supervision.weak),
             },
         )
 
@@ -352,7 +409,7 @@ def fit(
         trainer.duration_s += epoch_duration_s
         values = {
             "train_loss": train_loss,
-            "val_loss": val_loss,
+            **({} if val_loss is None else {"val_loss": val_loss}),
             "lr_heads": trainer.optimizer.param_groups[1]["lr"],
             "train_duration_s": train_s,
             "epoch_duration_s": epoch_duration_s,

@@ -98,7 +98,7 @@ class CategoryFeatures:
     info: CategoryInfo
     train: SplitFeatures
     pool: SplitFeatures
-    """The labelled defective images that have masks."""
+    """Defective images: those with masks and, if the features are for ``train.weak_labels`` use, the others too."""
     validation: SplitFeatures
     backbone_digest: str
     backbone_calibration: dict[str, np.ndarray]
@@ -143,19 +143,22 @@ def feature_key(config: Config, info: CategoryInfo, *, data_uri: str, weights_di
     """A digest of what features depend on, and of nothing else.
 
     Args:
-        config: Of which the preprocessing, the backbone's layers and the evaluation size matter.
+        config: Of which the preprocessing, the backbone's layers and the evaluation size matter, and
+            ``train.weak_labels`` where the pool has images without masks.
         info: Of the category; its fingerprint stands for the images.
         data_uri: Where its shards are: their order is not part of the fingerprint.
         weights_digest: Of the backbone as it was loaded, before calibration.
         device: Where the backbone runs; its kind matters, because kinds round differently.
     """
-    flat = flatten(config.resolved())
+    flat, pool = flatten(config.resolved()), info.counts["pool"]
     parts = ("model.backbone", "model.layers", "data.", "eval.size", "eval.batch_size")
     return digest(
         {
             "config": {key: value for key, value in flat.items() if key.startswith(parts)},
             "calibrated": config.model.weights == "random",
             "data": [data_uri, info.dataset, info.category, info.split_seed, info.search_fingerprint],
+            # only where it makes a difference, so that runs with and without weak labels share features elsewhere
+            **({"pool": "whole"} if pool.masks < num_images(config, info, "pool") else {}),
             "weights_digest": weights_digest,
             "device": torch.device(device).type,
             # what decodes, resizes and convolves; another release may round differently
@@ -223,27 +226,28 @@ def estimate_bytes(config: Config, info: CategoryInfo, feature_sizes: Sequence[t
     """Memory that :func:`extract` will need.
 
     Args:
-        config: Decides the storage dtype and the size of evaluation masks.
+        config: Decides the storage dtype, the size of evaluation masks and whether the whole pool is read.
         info: Counts of the category.
         feature_sizes: Channels and (height, width) of each layer, finest first.
     """
     itemsize = np.dtype(_NUMPY_DTYPE[config.data.feature_dtype]).itemsize
     per_view = itemsize * sum(c * h * w for c, (h, w) in feature_sizes)
-    views = sum(num_images(info, name) * num_flips(name) for name in SEARCH_SPLITS)
+    views = sum(num_images(config, info, name) * num_flips(name) for name in SEARCH_SPLITS)
     return views * per_view + estimate_target_bytes(config, info, map_size([size for _, size in feature_sizes]))
 
 
 def estimate_target_bytes(config: Config, info: CategoryInfo, map_size_HW: Size) -> int:
     """The part of :func:`estimate_bytes` that is masks, which are kept in memory whatever becomes of the features."""
-    views = sum(num_images(info, name) * num_flips(name) for name in SEARCH_SPLITS)
-    scored = num_images(info, "validation") * config.eval.size[0] * config.eval.size[1]
+    views = sum(num_images(config, info, name) * num_flips(name) for name in SEARCH_SPLITS)
+    scored = num_images(config, info, "validation") * config.eval.size[0] * config.eval.size[1]
     return views * map_size_HW[0] * map_size_HW[1] + scored
 
 
-def num_images(info: CategoryInfo, split: SearchSplit) -> int:
-    """Images of a split that training reads: the pool's without masks are left out."""
+def num_images(config: Config, info: CategoryInfo, split: SearchSplit) -> int:
+    """Images of a split that training reads: the pool's without masks only for their labels."""
     counts = info.counts[split]
-    return {"train": counts.normal, "pool": counts.masks, "validation": counts.normal + counts.defective}[split]
+    pool = counts.defective if config.train.weak_labels == "use" else counts.masks
+    return {"train": counts.normal, "pool": pool, "validation": counts.normal + counts.defective}[split]
 
 
 def num_flips(split: SearchSplit) -> int:
@@ -251,9 +255,10 @@ def num_flips(split: SearchSplit) -> int:
     return NUM_FLIPS if split == "pool" else 1
 
 
-def stream_samples(data: SearchData, split: SearchSplit) -> Iterator[Sample]:
+def stream_samples(config: Config, data: SearchData, split: SearchSplit) -> Iterator[Sample]:
     """The samples that :func:`num_images` counts."""
-    return (sample for sample in data.stream(split) if split != "pool" or sample.mask is not None)
+    whole = split != "pool" or config.train.weak_labels == "use"
+    return (sample for sample in data.stream(split) if whole or sample.mask is not None)
 
 
 class MapWriter(Protocol):
@@ -318,16 +323,16 @@ def extract(
     sizes = measure_maps(backbone, config.data.image_size, device)
     dtype = config.data.feature_dtype
     storage = storage or InMemory()
-    advance = Progress(data.info, on_progress)
+    advance = Progress(config, data.info, on_progress)
 
     def run(split: SearchSplit) -> CachedSplit:
         targets = TargetBuilder(config, data.info, split, map_size([size for _, size in sizes]))
-        views = num_images(data.info, split) * num_flips(split)
+        views = num_images(config, data.info, split) * num_flips(split)
         writers = [
             storage.create(f"{split}.{layer}", (views, h, w, c), _NUMPY_DTYPE[dtype])
             for layer, (c, (h, w)) in enumerate(sizes)
         ]
-        for batch, x_BCHW in load_image_batches(stream_samples(data, split), config):
+        for batch, x_BCHW in load_image_batches(stream_samples(config, data, split), config):
             targets.add(batch)
             per_flip = [
                 [_to_stored(as_stored(m, dtype)) for m in run_backbone(backbone, flip(x_BCHW.to(device), which))]
@@ -400,8 +405,8 @@ def _from_stored(m_BhwC: np.ndarray) -> Tensor:
 class Progress:
     """Counts images over all splits and passes the count on."""
 
-    def __init__(self, info: CategoryInfo, on_progress: OnProgress | None) -> None:
-        self._total = sum(num_images(info, name) for name in SEARCH_SPLITS)
+    def __init__(self, config: Config, info: CategoryInfo, on_progress: OnProgress | None) -> None:
+        self._total = sum(num_images(config, info, name) for name in SEARCH_SPLITS)
         self._done = 0
         self._on_progress = on_progress
 
@@ -428,7 +433,7 @@ class TargetBuilder:
     """Collects everything of a split but its features.
 
     Args:
-        config: Image and evaluation size.
+        config: Image and evaluation size, and whether the whole pool is read.
         info: How many images to expect.
         split: Which.
         map_size_HW: Of the anomaly map.
@@ -436,7 +441,7 @@ class TargetBuilder:
 
     def __init__(self, config: Config, info: CategoryInfo, split: SearchSplit, map_size_HW: Size) -> None:
         self._config, self._map_size = config, map_size_HW
-        self._num_images, self._num_flips = num_images(info, split), num_flips(split)
+        self._num_images, self._num_flips = num_images(config, info, split), num_flips(split)
         self._scored = split == "validation"
         self._masks = np.zeros((self._num_images * self._num_flips, *map_size_HW), bool)
         self._eval_masks = np.zeros((self._num_images if self._scored else 0, *config.eval.size), bool)

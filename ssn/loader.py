@@ -4,8 +4,8 @@ The one place where pydantic is used, and only the command lines import it: the 
 that runs on a worker, need the standard library alone. Any frozen dataclass whose fields are plain values or further
 dataclasses can be loaded; nothing here knows a setting by name.
 
-What wins, from the weakest: the dataclass's defaults, a dataset manifest's defaults, YAML files in the order given,
-``--set`` options in the order given.
+What wins, from the weakest: the dataclass's defaults, a dataset manifest's defaults, named settings such as one
+configuration of a benchmark, YAML files in the order given, ``--set`` options in the order given, ``--over`` options.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def load_config(
     files: Sequence[Path] = (),
     sets: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    named: Mapping[str, Mapping[Any, Any]] | None = None,
+    overs: Sequence[str] = (),
 ) -> T:
-    """Build ``cls`` from its own defaults, then ``defaults``, then ``files``, then ``sets``.
+    """Build ``cls`` from its own defaults, then ``defaults``, ``named``, ``files``, ``sets`` and ``overs``.
 
     Args:
         cls: A frozen dataclass whose fields are plain values or dataclasses (``ssn.config.Config``).
@@ -51,6 +53,8 @@ def load_config(
         sets: ``section.name=value`` strings; the value is read as YAML, and according to the field's type: ``1e-4``
             is a number where the field is one, a path stays text, ``data.image_size=256`` is a square.
         defaults: Flat dotted keys of a dataset manifest.
+        named: Settings as a file has them, by the name that error messages give them.
+        overs: As ``sets``, from ``--over``.
 
     Raises:
         SSNError: a key is unknown, a value has the wrong type or is out of range, or a file cannot be read.
@@ -59,16 +63,16 @@ def load_config(
     settings: dict[str, _Setting] = {}
     for key, value in (defaults or {}).items():
         settings.update(_flatten(key, value, "the dataset's defaults", leaves))
-    for file in files:
-        for key, value in _read_yaml(file).items():
-            settings.update(_flatten(str(key), value, str(file), leaves))
-    for text in sets:
+    for origin, content in [*(named or {}).items(), *((str(file), read_yaml(file)) for file in files)]:
+        for key, value in content.items():
+            settings.update(_flatten(str(key), value, origin, leaves))
+    for option, text in [*(("--set", text) for text in sets), *(("--over", text) for text in overs)]:
         key, separator, raw = text.partition("=")
         if not separator or not key.strip():
-            raise SSNError(f"--set {text!r} is not of the form section.name=value")
+            raise SSNError(f"{option} {text!r} is not of the form section.name=value")
         key = key.strip()
-        _check_known(key, f"--set {text}", leaves)
-        settings[key] = _Setting(_parse_yaml(raw, f"--set {text}"), f"--set {text}", raw.strip())
+        _check_known(key, f"{option} {text}", leaves)
+        settings[key] = _Setting(_parse_yaml(raw, f"{option} {text}"), f"{option} {text}", raw.strip())
     values = {key: _convert(key, setting, leaves[key]) for key, setting in settings.items()}
     built: T = _build(cls, "", values)
     return built
@@ -216,7 +220,12 @@ def _parse_yaml(text: str, origin: str) -> Any:
         raise SSNError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
-def _read_yaml(file: Path) -> Mapping[Any, Any]:
+def read_yaml(file: Path) -> Mapping[Any, Any]:
+    """The mapping in a YAML file, in which no key may occur twice; an empty file is an empty one.
+
+    Raises:
+        SSNError: it cannot be read, is not YAML, or holds something else.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:

@@ -192,13 +192,13 @@ def hold_images(
     map_size_HW = map_size([size for _, size in feature_sizes(config, backbone, device)])
     height, width = config.data.image_size
     left = budget_bytes - estimate_target_bytes(config, data.info, map_size_HW)
-    decoded = sum(num_images(data.info, name) for name in SEARCH_SPLITS) * 3 * height * width * 4 <= left
-    advance = Progress(data.info, on_progress)
+    decoded = sum(num_images(config, data.info, name) for name in SEARCH_SPLITS) * 3 * height * width * 4 <= left
+    advance = Progress(config, data.info, on_progress)
 
     def decode(split: SearchSplit, targets: TargetBuilder) -> HeldImages:
-        pixels = np.empty((num_images(data.info, split), 3, height, width), np.float32)
+        pixels = np.empty((num_images(config, data.info, split), 3, height, width), np.float32)
         filled = 0
-        for batch, x_BCHW in load_image_batches(stream_samples(data, split), config):
+        for batch, x_BCHW in load_image_batches(stream_samples(config, data, split), config):
             targets.add(batch)
             pixels[filled : filled + len(batch)] = x_BCHW.numpy()
             filled += len(batch)
@@ -208,7 +208,7 @@ def hold_images(
     def keep_files(split: SearchSplit, targets: TargetBuilder) -> HeldImages:
         nonlocal left
         files, ends, names = bytearray(), [], []
-        for sample in stream_samples(data, split):
+        for sample in stream_samples(config, data, split):
             targets.add([sample])
             left -= len(sample.image)
             if left < 0:

@@ -16,7 +16,7 @@ from ssn.data.preprocess import decode_image
 from ssn.data.reader import SearchData, open_search_data, open_test_data
 from ssn.data.records import SEARCH_SPLITS
 from ssn.data.storage import resolve_uri
-from ssn.engine import EpochReport, fit
+from ssn.engine import EpochReport, fit, missing_labels
 from ssn.errors import SSNError
 from ssn.evaluation import evaluate_samples
 from ssn.feature_cache import FeatureCache
@@ -55,7 +55,8 @@ def train(
         memory_bytes: Most memory for features; beyond it, images are kept and the backbone runs on every batch. None:
             half of the machine's. Features in ``cache`` are mapped from the disk and do not count.
         on_progress: Called with what is done, steps done and steps in all.
-        on_notice: Called with one line when features do not fit where they were to go.
+        on_notice: Called with one line when features do not fit where they were to go, or when the category lacks the
+            labels that ``config`` asks for.
 
     Returns:
         The last epoch's losses and validation metrics, why others are undefined, where the model is, and whether it
@@ -67,6 +68,9 @@ def train(
     if out.exists() and not (out / META_FILE).exists() and (out.is_file() or any(out.iterdir())):
         raise SSNError(f"{out} exists and is not a model directory; choose another --out")
     data = open_search_data(data_uri, dataset, category)
+    missing = missing_labels(config, data.info)
+    if missing is not None and on_notice is not None:
+        on_notice(missing)
 
     def features_progress(done: int, total: int) -> None:
         if on_progress is not None:
@@ -98,6 +102,7 @@ def train(
         "dataset": dataset,
         "category": category,
         "masks_used": len(trainer.supervision.used),
+        "weak_labels_used": len(trainer.supervision.weak),
         "feature_source": features.source,
         "metrics": last[0].metrics,
         "undefined": last[0].undefined,

@@ -82,14 +82,15 @@ def plant_features(
     *,
     train: int = 8,
     pool: int = 2,
+    pool_masks: int | None = None,
     validation: tuple[int, int] = (5, 4),
     validation_masks: int | None = None,
     seed: int = 0,
 ) -> CategoryFeatures:
-    """A category's features; ``validation`` counts normal and defective images."""
+    """A category's features; ``validation`` counts normal and defective images, ``..._masks`` those with a mask."""
     splits = {
         "train": plant_split("train", train, 0, seed=seed),
-        "pool": plant_split("pool", 0, pool, num_flips=NUM_FLIPS, seed=seed),
+        "pool": plant_split("pool", 0, pool, num_flips=NUM_FLIPS, masked=pool_masks, seed=seed),
         "validation": plant_split("validation", *validation, masked=validation_masks, seed=seed),
     }
     counts = {

@@ -7,6 +7,7 @@ Only the champion's copy carries the backbone; trials keep what was trained, and
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssn.errors import SSNError
 from tuning.tracking.mlflow_tracker import MAX_TAG_LENGTH, absolute_uri, explained, open_client
-from tuning.tracking.protocol import MODEL_ARTIFACT_PATH, TRIAL_MODEL_FILES
+from tuning.tracking.protocol import BENCHMARK_STAGE, MODEL_ARTIFACT_PATH, TRIAL_MODEL_FILES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from ssn.checkpoint import Checkpoint
+    from ssn.config import Config
 
 ALIAS = "champion"
 BUNDLE = "bundle"
@@ -47,6 +49,8 @@ class Decision:
     """Metric name -> value on the test split; undefined ones are absent."""
     train_masks: int = 0
     """Defective training images whose pixel masks the champion used."""
+    train_weak_labels: int = 0
+    """Those that it used without their masks."""
     validation_labels: int = 0
     """Defective validation images by which it was chosen."""
     validation_masks: int = 0
@@ -61,6 +65,7 @@ class Decision:
             **{name: f"{value:.6g}" for name, value in numbers.items()},
             "num_trials": str(self.num_trials),
             "train_masks": str(self.train_masks),
+            "train_weak_labels": str(self.train_weak_labels),
             "validation_labels": str(self.validation_labels),
             "validation_masks": str(self.validation_masks),
             **self.extra,
@@ -132,19 +137,79 @@ def promote(run_id: str, tracking_uri: str, *, decision: Decision | None = None)
         decision: Numbers for the version's tags.
 
     Raises:
-        SSNError: the run is unknown or has no model (it was pruned or failed), or its backbone is not to be had.
+        SSNError: the run is unknown or has no model (it was pruned or failed), or its backbone is not to be had; or it
+            is a benchmark's, which would be a choice by test scores.
     """
     from ssn.bundle import find_backbone, write_bundle
 
     client = open_client(tracking_uri)
     with tempfile.TemporaryDirectory(prefix="promote-") as scratch, explained(tracking_uri):
         run = _get_trial_run(client, run_id, tracking_uri)
+        if run.data.tags.get("stage") == BENCHMARK_STAGE:
+            raise SSNError(
+                f"run {run_id} is a benchmark's, whose test scores are known, and champions are chosen without them; "
+                "promote a run of a sweep"
+            )
         name = registered_name(run.data.tags["dataset"], run.data.tags["category"])
         bundle_dir = Path(scratch, BUNDLE)
         if _version_of_run(client, name, run_id) is None:
             trained = _download_model(client, run)
             write_bundle(trained, find_backbone(trained), bundle_dir)
         return register_champion(tracking_uri, run_id=run_id, bundle_dir=bundle_dir, decision=decision)
+
+
+@dataclass(frozen=True)
+class ChampionOrigin:
+    """With what, and on what, a category's champion was trained."""
+
+    config: Config
+    run_id: str
+    version: str
+    data_uri: str | None
+    """Where the images were that it was tuned on; None: not recorded."""
+    search_fingerprint: str | None
+    """Of those images."""
+
+
+def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOrigin:
+    """Look up the champion of a category, without its weights.
+
+    Raises:
+        SSNError: it has none, or the champion's run has no model any more.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from ssn.checkpoint import CONFIG_FILE
+    from ssn.config import unflatten
+
+    client = open_client(tracking_uri)
+    name = registered_name(dataset, category)
+    with explained(tracking_uri), tempfile.TemporaryDirectory(prefix="champion-") as scratch:
+        try:
+            registered = client.get_model_version_by_alias(name, ALIAS)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise SSNError(
+                f"{name} has no champion at {absolute_uri(tracking_uri)}; run `tuning sweep` first, or leave the "
+                "configuration champion out"
+            ) from error
+        run = _get_trial_run(client, registered.run_id, tracking_uri)
+        if f"{MODEL_ARTIFACT_PATH}/{CONFIG_FILE}" not in {
+            item.path for item in client.list_artifacts(registered.run_id, MODEL_ARTIFACT_PATH)
+        }:
+            raise SSNError(
+                f"the champion of {name}, run {registered.run_id}, has no configuration any more; sweep again"
+            )
+        path = client.download_artifacts(registered.run_id, f"{MODEL_ARTIFACT_PATH}/{CONFIG_FILE}", scratch)
+        config = unflatten(json.loads(Path(path).read_text(encoding="utf-8")))
+    return ChampionOrigin(
+        config=config,
+        run_id=registered.run_id,
+        version=str(registered.version),
+        data_uri=run.data.tags.get("data_uri"),
+        search_fingerprint=run.data.tags.get("search_fingerprint"),
+    )
 
 
 def load_trial_model(run_id: str, tracking_uri: str) -> Checkpoint:

@@ -72,14 +72,9 @@ def sweep(
     from ssn.loader import load_config
     from tuning.settings import SweepSettings
 
-    sets = list(set_ or ())
-    for key, value in {
-        "search.trials": trials,
-        "resources.num_workers": num_workers,
-        "resources.use_gpu": use_gpu,
-    }.items():
-        if value is not None:
-            sets.append(f"{key}={str(value).lower()}")
+    sets = [*(set_ or ()), *placement_sets(num_workers, use_gpu)]
+    if trials is not None:
+        sets.append(f"search.trials={trials}")
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
     defaults = read_defaults(data, name, categories)
@@ -96,6 +91,93 @@ def sweep(
         out=out,
     )
     show_leaderboard(result.leaderboard)
+    if json_file is not None:
+        write_json(json_file, result.to_dict())
+
+
+@app.command()
+def benchmark(
+    dataset: DatasetArgument,
+    data: DataOption,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="URI",
+            help="Results, tables and pictures: a folder, s3://, gs://. What is there is not redone.",
+        ),
+    ],
+    configs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--configs",
+            metavar="NAME|FILE",
+            help="default (the dataset's settings), champion (the registered one's), or a YAML file of settings by "
+            "name. Repeatable. [default: default]",
+        ),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Repetitions; number r has the train seed r and the label seed r.")
+    ] = 3,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--over",
+            metavar="KEY=A,B,...",
+            help="Every configuration with each of these values, as in train.supervision_ratio=0,0.25,1. Repeatable.",
+        ),
+    ] = None,
+    weak: Annotated[
+        str | None,
+        typer.Option("--weak", metavar="drop,use", help="Short for --over train.weak_labels=drop,use."),
+    ] = None,
+    set_: SetOption = None,
+    paper: Annotated[
+        Path | None,
+        typer.Option(
+            "--paper",
+            metavar="FILE",
+            help="CSV of published figures (dataset, category, metric, mean_percent, std_percent), shown beside ours "
+            "under the official protocol.",
+        ),
+    ] = None,
+    paper_dataset: Annotated[
+        str | None, typer.Option("--paper-dataset", metavar="NAME", help="What FILE calls it. [default: DATASET]")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num-workers", help="Ray Train workers per run; 0: none (resources.num_workers)."),
+    ] = None,
+    use_gpu: Annotated[
+        bool | None,
+        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Score fixed settings on the test split: mean and deviation over repetitions, and what labels are worth."""
+    from tuning.benchmark import benchmark as run_benchmark
+    from tuning.benchmark_table import read_paper
+
+    name = dataset_name(dataset)
+    result = run_benchmark(
+        dataset=name,
+        data_uri=data,
+        categories=tuple(category) if category else None,
+        configurations=configs or ["default"],
+        seeds=seeds,
+        sets=[*(set_ or ()), *placement_sets(num_workers, use_gpu)],
+        overs=[*(over or ()), *([f"train.weak_labels={weak}"] if weak is not None else ())],
+        tracking_uri=resolve_tracking_uri(tracking_uri),
+        out=out,
+        paper=read_paper(paper, paper_dataset or name) if paper is not None else None,
+    )
+    print_whole(result.table.table())
+    for file in result.files:
+        print(f"written: {file}")
     if json_file is not None:
         write_json(json_file, result.to_dict())
 
@@ -138,9 +220,12 @@ def report(
     """Show the leaderboard of a sweep again, read from its runs."""
     from tuning.report import leaderboard_from_runs
     from tuning.tracking.mlflow_tracker import MLflowTracker
+    from tuning.tracking.protocol import PARENT_STAGE
 
     uri, name = resolve_tracking_uri(tracking_uri), dataset_name(dataset)
-    runs = MLflowTracker(uri).find_runs(name, sweep_id=sweep_id)
+    found = MLflowTracker(uri).find_runs(name, sweep_id=sweep_id)
+    sweeps = {run.tags["sweep_id"] for run in found if run.stage == PARENT_STAGE}
+    runs = [run for run in found if run.tags["sweep_id"] in sweeps]
     if not runs:
         which = f"sweep {sweep_id}" if sweep_id else "any sweep"
         raise SSNError(f"{uri} has no runs of {which} of {name}; check --tracking-uri and the dataset's name")
@@ -150,6 +235,12 @@ def report(
     show_leaderboard(leaderboard, markdown=markdown)
     if json_file is not None:
         write_json(json_file, leaderboard.as_dict())
+
+
+def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:
+    """Options of their own as the ``--set`` options that they stand for."""
+    given = {"resources.num_workers": num_workers, "resources.use_gpu": use_gpu}
+    return [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
 
 
 def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:

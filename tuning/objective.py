@@ -32,7 +32,8 @@ class TrialContext:
     """What all trials of a category share; it crosses into Ray as it is."""
 
     data: SearchData
-    objective: ObjectiveSettings
+    objective: ObjectiveSettings | None
+    """None: trials are not ranked, as in a benchmark, whose data may have no validation split."""
     rung_epochs: tuple[int, ...]
     """Epochs at which trials are compared, before the last."""
 
@@ -40,6 +41,19 @@ class TrialContext:
 def masks_available(info: CategoryInfo) -> bool:
     """Whether the validation split has masks to compute pixel metrics with."""
     return info.counts["validation"].masks > 0
+
+
+def check_protocol(info: CategoryInfo) -> None:
+    """Refuse to search on data without a split to search on.
+
+    Raises:
+        SSNError: the data has its published split, in which every image is for training or for the test.
+    """
+    if info.protocol == "official":
+        raise SSNError(
+            f"{info.dataset}/{info.category} was ingested with --protocol official, which leaves no validation images "
+            "to search on; ingest it without, or score fixed settings (tuning benchmark)"
+        )
 
 
 def check_objective(objective: ObjectiveSettings, info: CategoryInfo) -> None:
@@ -114,8 +128,9 @@ def run_trial(
         trial: ``{"trial_key", "category", "index", "config"}``.
         context: Of its category.
         features: Of its category, ready for training.
-        report: Takes ``epoch``, ``category``, ``hostname``, ``feature_source`` (``cached`` or ``streamed``), metrics
-            and, at rungs and at the end, ``objective``.
+        report: Takes ``epoch``, ``category``, ``hostname``, ``feature_source`` (``cached`` or ``streamed``),
+            ``masks_used`` and ``weak_labels_used`` (defective images trained on with and without their masks), metrics
+            and, at rungs and at the end, ``objective`` where the context has one.
         resume_from: Checkpoint folder of an earlier attempt.
         device: Where to train.
 
@@ -124,21 +139,26 @@ def run_trial(
     """
     config = unflatten(trial["config"])
     has_masks = masks_available(context.data.info)
-    masks_used = len(choose_supervision(config, features.pool).used)
+    supervision = choose_supervision(config, features.pool)
+    masks_used = len(supervision.used)
 
     def on_epoch(epoch: EpochReport, save: Callable[..., None]) -> None:
         result: dict[str, Any] = {
             "epoch": epoch.epoch,
             "category": trial["category"],
             "masks_used": masks_used,
+            "weak_labels_used": len(supervision.weak),
             "hostname": os.uname().nodename,
             "feature_source": features.source,
             **epoch.metrics,
         }
         last = epoch.epoch == config.train.epochs
         if last or epoch.epoch in context.rung_epochs:
-            objective = compute_objective(context.objective, epoch.metrics, has_masks=has_masks, masks_used=masks_used)
-            result["objective"] = objective if math.isfinite(objective) else math.nan
+            if context.objective is not None:
+                objective = compute_objective(
+                    context.objective, epoch.metrics, has_masks=has_masks, masks_used=masks_used
+                )
+                result["objective"] = objective if math.isfinite(objective) else math.nan
             # nobody resumes a finished trial; what it leaves is its model
             report(result, functools.partial(save, resumable=not last))
         else:

@@ -21,6 +21,7 @@ from tuning.winner import TrialRecord, select_winner
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
+    from tuning.benchmark_runs import FixedRuns
     from tuning.search import MultiplexSearcher
 
 _LIVE_PERIOD_S = 0.5
@@ -30,7 +31,7 @@ _FRAME_ROWS = 8
 
 @dataclass(frozen=True)
 class CategoryProgress:
-    """Where one category stands."""
+    """Where one category of a sweep or of a benchmark stands."""
 
     category: str
     expected: int
@@ -40,7 +41,7 @@ class CategoryProgress:
     pruned: int
     failed: int
     best: TrialRecord | None
-    """The winner so far; None until a trial used its full budget."""
+    """The winner so far; None until a trial used its full budget, and where nothing is ranked."""
 
     @property
     def ended(self) -> int:
@@ -56,7 +57,7 @@ class CategoryProgress:
 def summarise(category: str, expected: int, records: Sequence[TrialRecord]) -> CategoryProgress:
     """Count the trials of one category."""
     count = {s: sum(r.state == s for r in records) for s in ("running", "complete", "pruned", "failed")}
-    complete = [r for r in records if r.state == "complete"]
+    complete = [r for r in records if r.state == "complete" and r.objective is not None]
     return CategoryProgress(category, expected, best=select_winner(complete) if complete else None, **count)
 
 
@@ -97,6 +98,7 @@ class ProgressCallback(Callback):
 
     Args:
         searcher: Of the same run.
+        ranked: Whether trials compete, as in a sweep, so that some are pruned and one is the best.
         interval_s: Between two lines where standard error is no terminal.
         console: For tests; None: standard error.
         clock: For tests; seconds that only grow.
@@ -104,13 +106,15 @@ class ProgressCallback(Callback):
 
     def __init__(
         self,
-        searcher: MultiplexSearcher,
+        searcher: MultiplexSearcher | FixedRuns,
         *,
+        ranked: bool = True,
         interval_s: float = 30.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._searcher = searcher
+        self._ranked = ranked
         self._interval_s = interval_s
         self._console = console
         self._clock = clock
@@ -151,7 +155,8 @@ class ProgressCallback(Callback):
         reason = Path(trial.error_file).read_text().rstrip().rpartition("\n")[2].strip()
         self._searcher.note_failure(trial.trial_id, reason)
         where = f"{trial.path}/{Path(trial.error_file).name}"
-        self._print(f"{trial.config['category']}: trial {trial.config['index']} failed: {reason}; see {where}")
+        name = trial.config.get("label", f"trial {trial.config['index']}")
+        self._print(f"{trial.config['category']}: {name} failed: {reason}; see {where}")
         self._announce(trial.config["category"])
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
@@ -173,13 +178,16 @@ class ProgressCallback(Callback):
             return
         assert self._console is not None
         rows = max(3, self._console.height - _FRAME_ROWS)
-        self._live.update(Group(_table(board, rows), Text(self._summary(board, now))), refresh=True)
+        self._live.update(Group(_table(board, rows, self._ranked), Text(self._summary(board, now))), refresh=True)
 
     def _announce(self, category: str) -> None:
         progress = summarise(category, self._searcher.expected_trials(category), self._searcher.records(category))
         if self._live is not None or not progress.done or category in self._announced:
             return
         self._announced.add(category)
+        if not self._ranked:
+            self._print(f"{category}: {progress.complete} runs complete, {progress.failed} failed")
+            return
         line = (
             f"{category}: {progress.ended} trials ended "
             f"({progress.complete} complete, {progress.pruned} pruned, {progress.failed} failed), "
@@ -195,11 +203,11 @@ class ProgressCallback(Callback):
         left_s = estimate_time_left_s(board, durations_s, concurrency)
         elapsed_s = now - (now if self._started_s is None else self._started_s)
         parts = [
-            f"{sum(c.ended for c in board)}/{sum(c.expected for c in board)} trials",
+            f"{sum(c.ended for c in board)}/{sum(c.expected for c in board)} {'trials' if self._ranked else 'runs'}",
             f"{sum(c.running for c in board) - self._waiting} running",
             # an autoscaling cluster may still be starting their nodes
             *([f"{self._waiting} waiting for resources"] if self._waiting else []),
-            f"{sum(c.pruned for c in board)} pruned",
+            *([f"{sum(c.pruned for c in board)} pruned"] if self._ranked else []),
             f"{sum(c.failed for c in board)} failed",
             f"{sum(c.done for c in board)}/{len(board)} categories",
             f"{format_duration(elapsed_s)} elapsed",
@@ -218,25 +226,30 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Trials did not complete")
 
 
-def _table(board: Sequence[CategoryProgress], rows: int) -> Table:
+def _table(board: Sequence[CategoryProgress], rows: int, ranked: bool) -> Table:
     """The categories that run first, then those that ended, then those that wait; as many as fit."""
     table = Table()
     table.add_column("category")
-    for name in ("ended", "running", "pruned", "failed", "best"):
+    for name in ("ended", "running", "pruned", "failed", "best") if ranked else ("ended", "running", "failed"):
         table.add_column(name, justify="right")
-    table.add_column("with")
-    ranked = sorted(board, key=lambda c: (c.running == 0, c.ended == 0))
-    for c in ranked[:rows]:
-        table.add_row(
+    if ranked:
+        table.add_column("with")
+    ordered = sorted(board, key=lambda c: (c.running == 0, c.ended == 0))
+    for c in ordered[:rows]:
+        cells: list[str | Text] = [
             Text(c.category, style="green" if c.done else ""),
             f"{c.ended}/{c.expected}",
             str(c.running),
-            str(c.pruned),
+            *([str(c.pruned)] if ranked else []),
             Text(str(c.failed), style="red" if c.failed else ""),
-            "" if c.best is None else f"{c.best.objective:.4f}",
-            "" if c.best is None else Text(format_params(c.best.params), overflow="ellipsis", no_wrap=True),
-        )
-    if len(ranked) > rows:
-        hidden = ranked[rows:]
+        ]
+        if ranked:
+            cells += [
+                "" if c.best is None else f"{c.best.objective:.4f}",
+                "" if c.best is None else Text(format_params(c.best.params), overflow="ellipsis", no_wrap=True),
+            ]
+        table.add_row(*cells)
+    if len(ordered) > rows:
+        hidden = ordered[rows:]
         table.caption = f"and {len(hidden)} more categories, {sum(c.done for c in hidden)} of them done"
     return table

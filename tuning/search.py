@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
@@ -24,7 +23,7 @@ from ray.tune.search import Searcher
 
 from ssn.config import digest, trial_identity, unflatten
 from ssn.errors import SSNError
-from tuning.space import Axis, FloatRange, validate_space
+from tuning.space import Axis, FloatRange, applies, validate_space
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
@@ -102,7 +101,9 @@ class MultiplexSearcher(Searcher):
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
             raise SSNError("a category is named twice; name each once")
-        self._distributions = {c.category: _to_distributions(c) for c in categories}
+        for each in categories:
+            if each.space:
+                validate_space(each.space)
         self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
         self._storage = _open_storage(storage_url)
         self._studies = {c.category: self._create_study(c) for c in categories}
@@ -277,8 +278,7 @@ class MultiplexSearcher(Searcher):
         if not earlier:
             study.enqueue_trial(_encode(search.space, search.base))
         for _ in range(MAX_DUPLICATES):
-            asked = study.ask(self._distributions[category])
-            params = _decode(search.space, asked.params)
+            asked, params = self._draw(category)
             config = {**search.base, **params}
             key = search.identity(config)
             asked.set_user_attr("trial_key", key)
@@ -299,6 +299,16 @@ class MultiplexSearcher(Searcher):
             asked.set_user_attr("duplicate_of", earlier[key].number)
             self._tell(dataclasses.replace(earlier[key], number=asked.number))
         return None
+
+    def _draw(self, category: str) -> tuple[optuna.Trial, dict[str, Any]]:
+        """Ask the study for a trial and a value on every axis that it has, those on which others depend first."""
+        search = self._categories[category]
+        asked = self._studies[category].ask()
+        params: dict[str, Any] = {}
+        for key, axis in search.space.items():
+            if applies(axis, {**search.base, **params}):
+                params[key] = _suggest(asked, key, axis)
+        return asked, params
 
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
@@ -343,7 +353,7 @@ class MultiplexSearcher(Searcher):
             _encode(self._categories[record.category].space, record.config),
             user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
         )
-        record.number = study.ask(self._distributions[record.category]).number
+        record.number = self._draw(record.category)[0].number
         record.state, record.failure = "running", None
 
     def _abandon_unknown(self) -> None:
@@ -382,38 +392,26 @@ def _index_name(key: str) -> str:
     return f"{key}[index]"
 
 
-def _to_distributions(search: CategorySearch) -> dict[str, BaseDistribution]:
-    """Ordered choices become positions, so that the sampler knows which values are neighbours."""
-    if search.space:
-        validate_space(search.space)
-    distributions: dict[str, BaseDistribution] = {}
-    for key, axis in search.space.items():
-        if isinstance(axis, FloatRange):
-            distributions[key] = FloatDistribution(axis.low, axis.high, log=axis.log)
-        elif axis.ordered:
-            distributions[_index_name(key)] = IntDistribution(0, len(axis.values) - 1)
-        else:
-            distributions[_index_name(key)] = CategoricalDistribution(range(len(axis.values)))
-    return distributions
+def _suggest(asked: optuna.Trial, key: str, axis: Axis) -> Any:
+    """One value; ordered choices are drawn as positions, so that the sampler knows which values are neighbours."""
+    if isinstance(axis, FloatRange):
+        return asked.suggest_float(key, axis.low, axis.high, log=axis.log)
+    if axis.ordered:
+        position = asked.suggest_int(_index_name(key), 0, len(axis.values) - 1)
+    else:
+        position = asked.suggest_categorical(_index_name(key), range(len(axis.values)))
+    value = axis.values[position]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _encode(space: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
     for key, axis in space.items():
+        if not applies(axis, config):
+            continue
         if isinstance(axis, FloatRange):
             encoded[key] = float(config[key])
         else:
             value = config[key]
             encoded[_index_name(key)] = axis.values.index(tuple(value) if isinstance(value, list) else value)
     return encoded
-
-
-def _decode(space: Mapping[str, Axis], encoded: Mapping[str, Any]) -> dict[str, Any]:
-    decoded: dict[str, Any] = {}
-    for key, axis in space.items():
-        if isinstance(axis, FloatRange):
-            decoded[key] = encoded[key]
-        else:
-            value = axis.values[encoded[_index_name(key)]]
-            decoded[key] = list(value) if isinstance(value, tuple) else value
-    return decoded

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig
 from ssn.errors import SSNError
-from tuning.space import RATIO_KEY, AttainableRatio, Choice, FloatRange, validate_space
+from tuning.space import RATIO_KEY, WEAK_KEY, AttainableRatio, Choice, FloatRange, validate_space
 
 ObjectiveMetric = Literal["mean(image_auroc, pixel_ap)", "image_auroc", "image_ap", "pixel_ap", "aupro"]
 
@@ -27,6 +27,9 @@ class SearchSettings:
     """Bounds of ``synthesis.perlin_threshold``; None: not searched."""
     supervision_ratio: tuple[float, float] | None = (0.0, 1.0)
     """Bounds of ``train.supervision_ratio``, of which the attainable values are tried; None: not searched."""
+    weak_labels: bool = False
+    """Whether ``train.weak_labels`` is searched, in trials that leave a pool image's mask unused or whose pool has
+    images without."""
     grace_epochs: int | None = None
     """Epochs that every trial gets before it may be stopped; None: epochs / reduction factor squared, at least 1."""
     eta: int = 3
@@ -110,6 +113,8 @@ class SweepSettings:
             space["synthesis.perlin_threshold"] = FloatRange(*self.search.perlin_threshold)
         if self.search.supervision_ratio is not None:
             space[RATIO_KEY] = AttainableRatio(*self.search.supervision_ratio)
+        if self.search.weak_labels:
+            space[WEAK_KEY] = Choice(("drop", "use"))
         return space
 
     def grace_epochs(self) -> int:

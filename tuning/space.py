@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ssn.config import Config, flatten, unflatten
 from ssn.errors import SSNError
 
 RATIO_KEY = "train.supervision_ratio"
+WEAK_KEY = "train.weak_labels"
 
 # Fixed for a whole sweep: budgets and seeds must be equal for trials to compare, and evaluation is the yardstick.
 _FIXED_KEYS = ("train.epochs", "train.label_seed", "train.train_seed")
@@ -36,6 +37,8 @@ class Choice:
     """Some values; increasing numbers are searched as an ordered axis, everything else as unordered categories."""
 
     values: tuple[Any, ...]
+    ratio_below: float = math.inf
+    """Searched only in trials whose ``train.supervision_ratio`` is below this; the others have the base's value."""
 
     @property
     def ordered(self) -> bool:
@@ -57,6 +60,11 @@ class AttainableRatio:
 
 Axis = FloatRange | Choice
 SearchSpace = Mapping[str, FloatRange | Choice | AttainableRatio]
+
+
+def applies(axis: Axis, config: Mapping[str, Any]) -> bool:
+    """Whether an axis is searched in a trial, given the values that do not depend on others."""
+    return not isinstance(axis, Choice) or config[RATIO_KEY] < axis.ratio_below
 
 
 def validate_space(space: SearchSpace) -> None:
@@ -93,7 +101,7 @@ def validate_space(space: SearchSpace) -> None:
 
 
 def resolve_space(
-    space: SearchSpace, *, category: str, base: Mapping[str, Any], attainable: Sequence[float]
+    space: SearchSpace, *, category: str, base: Mapping[str, Any], attainable: Sequence[float], num_defective: int
 ) -> tuple[dict[str, Axis], list[str]]:
     """The search space of one category, where the supervision ratio has become a choice among attainable counts.
 
@@ -102,14 +110,17 @@ def resolve_space(
         category: Named in notices and errors.
         base: The category's configuration, flat; the first trial is this configuration, unchanged.
         attainable: Ratios k/n, k in 0..n, for a pool of n masks; ``[0.0]`` where the pool has no masks.
+        num_defective: Images in the pool, with and without masks.
 
     Returns:
-        The axes, and notices to show the user: one where the ratio is not searched for want of masks.
+        The axes, those that depend on others last, and notices to show the user: where a setting has nothing to act on,
+        and so is not searched if it was to be, because the pool lacks masks, images without a used mask, or images.
 
     Raises:
         SSNError: the base configuration lies outside of the space, so that it could not be the first trial.
     """
-    validate_space(space)
+    if space:
+        validate_space(space)
     axes: dict[str, Axis] = {}
     notices: list[str] = []
     for key, axis in space.items():
@@ -132,7 +143,33 @@ def resolve_space(
                 "first trial; widen the space or change the default"
             )
         axes[key] = axis
+    if RATIO_KEY not in space and base[RATIO_KEY] > 0 and max(attainable, default=0.0) == 0:
+        notices.append(f"{category}: the pool has no masks, so {RATIO_KEY} is taken as 0")
+    if WEAK_KEY in axes:
+        weak, why_not = _condition(axes.pop(WEAK_KEY), axes.get(RATIO_KEY), base, len(attainable) - 1, num_defective)
+        if weak is not None:
+            axes[WEAK_KEY] = weak
+        else:
+            notices.append(f"{category}: {why_not}, so {WEAK_KEY} is not searched")
+    elif base[WEAK_KEY] == "use" and num_defective == 0:
+        notices.append(f"{category}: the pool has no defective images, so {WEAK_KEY}=use adds none")
     return axes, notices
+
+
+def _condition(
+    weak: Axis, ratio: Axis | None, base: Mapping[str, Any], num_masks: int, num_defective: int
+) -> tuple[Choice | None, str]:
+    """The axis of weak labels, restricted to trials in which it makes a difference; None, and why, if it never does."""
+    assert isinstance(weak, Choice)
+    if num_defective == 0:
+        return None, "the pool has no defective images"
+    if num_defective > num_masks:
+        return weak, ""
+    below = (num_masks - 0.5) / num_masks  # from there on every mask is used
+    lowest = base[RATIO_KEY] if ratio is None else ratio.low if isinstance(ratio, FloatRange) else min(ratio.values)
+    if lowest >= below:
+        return None, "every image of the pool is used with its mask"
+    return (weak if ratio is None else replace(weak, ratio_below=below)), ""
 
 
 def _hashable(value: Any) -> Any:

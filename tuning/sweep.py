@@ -17,34 +17,34 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ssn.config import flatten
+from ssn.config import ModelConfig, flatten
 from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
-from tuning.capacity import DRIVER_CPU, check_fits, cluster_capacity, max_concurrent, use_gpu
-from tuning.interrupt import StopFlag, stop_tune_in_order, terminate_as_interrupt
-from tuning.objective import TrialContext, check_objective
+from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.interrupt import StopFlag, terminate_as_interrupt
+from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
 from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
-from tuning.train_worker import Placement
+from tuning.tracking.protocol import count_scores
+from tuning.train_worker import Placement, weights_key
+from tuning.tune_run import open_storage, run_tune
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ssn.checkpoint import Checkpoint
     from ssn.data.reader import TestData
+    from tuning.benchmark_plan import BenchmarkSettings
     from tuning.champions import ChampionVersion
     from tuning.search import MultiplexSearcher
     from tuning.tracking.protocol import Sweep
     from tuning.winner import TrialRecord
 
 T = TypeVar("T")
-
-FEATURE_SHARE = 0.8
-"""Of the object store's memory, what features may take."""
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
@@ -90,9 +90,10 @@ def sweep(
     from tuning.tracking import MLflowTracker
 
     started_s = time.monotonic()
-    console = console or _stderr()
+    console = console or open_stderr()
     data = open_categories(data_uri, dataset, categories)
     for search_data in data.values():
+        check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
@@ -102,7 +103,7 @@ def sweep(
     connect_ray()
     placement = place(settings)
     # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
-    weights_digest = _weights_digest(settings)
+    weights_digest = load_weights_digest(settings.model)
     run = _Run(
         settings=settings,
         dataset=dataset,
@@ -174,7 +175,11 @@ def check_lasting(out: Path | str, tracking_uri: str) -> None:
 
 
 def connect_ray() -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, as a submitted job does, or start one on this machine."""
+    """Join the cluster that ``RAY_ADDRESS`` names, as a submitted job does, or start one on this machine.
+
+    Raises:
+        SSNError: the cluster cannot be joined, or the machine is too busy to start one.
+    """
     for key, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if "RAY_ADDRESS" not in os.environ:
@@ -185,7 +190,12 @@ def connect_ray() -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")  # never a stranger's cluster that happens to run here
         if address == "local":
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except Exception as error:  # ray raises nothing narrower
+                if "timed out during startup" not in str(error):
+                    raise
+                raise SSNError("Ray did not start in time on this machine: it is too busy; end other work") from error
         else:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -194,7 +204,7 @@ def connect_ray() -> None:
                 raise SSNError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}") from error
 
 
-def place(settings: SweepSettings) -> Placement:
+def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
     """Decide where trials run, and refuse at once what the cluster can never hold.
 
     Raises:
@@ -242,8 +252,13 @@ class _Run:
         base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
         searches = []
         for name, data in self.data.items():
+            pool = data.info.counts["pool"]
             axes, found = resolve_space(
-                space, category=name, base=base, attainable=attainable_ratios(data.info.counts["pool"].masks)
+                space,
+                category=name,
+                base=base,
+                attainable=attainable_ratios(pool.masks),
+                num_defective=pool.defective,
             )
             notices += found
             searches.append(
@@ -315,78 +330,34 @@ class _Run:
 
     def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
         """Run Tune to the end, or until it is interrupted."""
-        import ray
-        from ray import tune
-
-        from tuning.feature_store import start_feature_store
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
         from tuning.search import searcher_of
         from tuning.tracking.callback import TrackerCallback
-        from tuning.train_worker import WorkerSetup, train_in_trial, train_in_worker_group
 
-        settings, placement, stop = self.settings, self.placement, StopFlag()
-        store_name = f"features-{self.sweep_id}"
-        store = start_feature_store(
-            int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
-        )
-        ray.get(store.budget_bytes.remote())
-        storage_path, storage_filesystem = _storage(self.out)
-        setup = WorkerSetup(
-            contexts={
+        settings, stop = self.settings, StopFlag()
+        storage = open_storage(self.out)
+        tuner = run_tune(
+            searcher,
+            MultiplexScheduler(
+                max_epochs=settings.train.epochs,
+                grace=settings.grace_epochs(),
+                eta=settings.search.eta,
+                history=searcher,
+            ),
+            [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
+            {
                 name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
                 for name, data in self.data.items()
             },
+            name=self.sweep_id,
             data_uri=self.data_uri,
-            weights_digest=self.weights_digest,
-            store_name=store_name,
-            namespace=ray.get_runtime_context().namespace,
-            placement=placement,
-            storage_path=f"{storage_path}/{self.sweep_id}/workers",
-            storage_filesystem=storage_filesystem,
+            weights_digests={weights_key(settings.model): self.weights_digest},
+            placement=self.placement,
+            storage=storage,
+            concurrency=settings.search.max_concurrent,
+            stop=stop,
         )
-        capacity = cluster_capacity()
-        fits = max_concurrent(capacity, num_workers=placement.num_workers, per_worker=placement.per_worker)
-        if placement.num_workers == 0:
-            trainable = tune.with_resources(
-                tune.with_parameters(train_in_trial, setup=setup),
-                {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
-            )
-        else:
-            trainable = tune.with_resources(
-                tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU}
-            )
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=MultiplexScheduler(
-                    max_epochs=settings.train.epochs,
-                    grace=settings.grace_epochs(),
-                    eta=settings.search.eta,
-                    history=searcher,
-                ),
-                num_samples=-1,
-                max_concurrent_trials=min(fits, settings.search.max_concurrent or fits),
-                reuse_actors=placement.num_workers == 0,
-            ),
-            run_config=tune.RunConfig(
-                name=self.sweep_id,
-                storage_path=storage_path,
-                storage_filesystem=storage_filesystem,
-                verbose=0,
-                callbacks=[
-                    ProgressCallback(searcher),
-                    TrackerCallback(tracker, sweep_tags, filesystem=storage_filesystem, stop=stop),
-                ],
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                # a worker that dies is tried again from its checkpoint; an error of the training itself is final
-                failure_config=tune.FailureConfig(max_failures=1),
-            ),
-        )
-        with stop_tune_in_order(stop):
-            tuner.fit()
-        ray.kill(store)
         return searcher_of(tuner)
 
     def crown(
@@ -439,14 +410,8 @@ class _Run:
         from tuning.champions import Decision, promote
 
         info = self.data[category].info
-        times = 1 + sum(
-            any(metric.startswith("test_") for metric in r.metrics)
-            and r.tags.get("test_fingerprint") == info.test_fingerprint
-            and r.tags.get("category") == category
-            and r.parent_run_id is not None
-            and r.run_id != run_id
-            for r in tracker.find_runs(self.dataset, category=category)
-        )
+        runs = tracker.find_runs(self.dataset, category=category)
+        times = 1 + count_scores(runs, category=category, test_fingerprint=info.test_fingerprint, besides=run_id)
         with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
             picture = Path(scratch, "test_cases.png")
             picture.write_bytes(scored.picture)
@@ -469,6 +434,7 @@ class _Run:
                 num_trials=num_trials,
                 test_metrics=scored.metrics,
                 train_masks=int(winner.metrics.get("masks_used", 0)),
+                train_weak_labels=int(winner.metrics.get("weak_labels_used", 0)),
                 validation_labels=info.counts["validation"].defective,
                 validation_masks=info.counts["validation"].masks,
                 extra={"test_split_scored_times": str(times), "objective_metric": self.settings.objective.metric},
@@ -524,21 +490,11 @@ def _outcome(action: Callable[..., T], *args: Any) -> T | str:
         return str(getattr(error, "cause", error))
 
 
-def _weights_digest(settings: SweepSettings) -> str:
+def load_weights_digest(model: ModelConfig) -> str:
     """Of the weights as loaded. Calibration of random ones follows from them and the data, so it adds nothing."""
     from ssn.backbone import load_backbone
 
-    return load_backbone(settings.model).digest
-
-
-def _storage(out: Path | str) -> tuple[str, Any]:
-    """Tune's storage path and file system."""
-    from ssn.data.storage import open_filesystem
-
-    if "://" not in str(out):
-        return str(Path(out).absolute()), None
-    filesystem, path = open_filesystem(str(out))
-    return path, filesystem
+    return load_backbone(model).digest
 
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
@@ -554,7 +510,8 @@ def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[s
     )
 
 
-def _stderr() -> Console:
+def open_stderr() -> Console:
+    """For notices."""
     from rich.console import Console
 
     return Console(stderr=True, soft_wrap=True)

@@ -64,7 +64,9 @@ def leaderboard_row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
     winner, counts = result.winner, data.info.counts
     states = [t.state for t in result.trials]
     test = result.score.metrics if result.score else {}
-    masks_used = int(winner.metrics.get("masks_used", 0)) if winner else None
+    masks_used, weak_labels_used = (
+        int(winner.metrics.get(name, 0)) if winner else 0 for name in ("masks_used", "weak_labels_used")
+    )
     return LeaderboardRow(
         category=result.category,
         noise_sigma=winner.config["synthesis.noise_sigma"] if winner else None,
@@ -74,8 +76,8 @@ def leaderboard_row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
         default_objective=result.default.objective if result.default else None,
         test_image_auroc=test.get("image_auroc"),
         test_pixel_ap=test.get("pixel_ap"),
-        train_labels=masks_used,
-        train_masks=masks_used,
+        train_labels=masks_used + weak_labels_used if winner else None,
+        train_masks=masks_used if winner else None,
         validation_labels=counts["validation"].defective,
         validation_masks=counts["validation"].masks,
         trials_complete=states.count("complete"),
@@ -100,6 +102,7 @@ def _category_dict(result: CategoryResult) -> dict[str, Any]:
         "run_id": result.run_id,
         "params": None if winner is None else winner.params,
         "masks_used": None if winner is None else winner.metrics.get("masks_used"),
+        "weak_labels_used": None if winner is None else winner.metrics.get("weak_labels_used"),
         "validation": validation(winner),
         "default": validation(result.default),
         "test": None if result.score is None else dict(result.score.metrics),

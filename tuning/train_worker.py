@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssn.config import unflatten
+from ssn.config import ModelConfig, unflatten
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"
 """Folder of a Tune or Train checkpoint that holds ours."""
+
+Finish = Callable[[Mapping[str, Any], Path, str], dict[str, Any]]
+"""Takes the trial, the folder of its finished model and the device; gives what its last result is to hold besides."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class WorkerSetup:
     contexts: Mapping[str, TrialContext]
     """By category."""
     data_uri: str
-    weights_digest: str
+    weights_digests: Mapping[str, str]
+    """SHA-256 of the backbone's weights, by :func:`weights_key`."""
     store_name: str
     """Of the feature store's actor."""
     namespace: str
@@ -61,6 +65,13 @@ class WorkerSetup:
     storage_path: str
     """Where worker groups keep their checkpoints."""
     storage_filesystem: pyarrow.fs.FileSystem | None
+    finish: Finish | None = None
+    """Called with each finished model where it was trained; a search has none."""
+
+
+def weights_key(model: ModelConfig) -> str:
+    """Equal for backbones that load the same weights."""
+    return f"{model.backbone}|{model.weights}|{list(model.layers)}"
 
 
 def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
@@ -130,6 +141,8 @@ def _reporter(api: Any) -> ReportResult:
 def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult, checkpoint: Any, device: str) -> None:
     use_threads(setup.placement.cpus)
     context = setup.contexts[trial["category"]]
+    if setup.finish is not None:
+        report = _finishing(report, setup.finish, trial, device)
     with _checkpoint_folder(checkpoint) as resume_from:
         run_trial(
             trial,
@@ -139,6 +152,20 @@ def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult
             resume_from=resume_from,
             device=device,
         )
+
+
+def _finishing(report: ReportResult, finish: Finish, trial: Mapping[str, Any], device: str) -> ReportResult:
+    """Have ``finish`` add to the last result, so that this and the model are reported as one."""
+
+    def report_finished(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
+        if result["epoch"] == trial["config"]["train.epochs"]:
+            assert save is not None, "a trial's last result comes with its model"
+            with tempfile.TemporaryDirectory(prefix="finished-") as folder:
+                save(Path(folder, MODEL_FOLDER))
+                result = {**result, **finish(trial, Path(folder, MODEL_FOLDER), device)}
+        report(result, save)
+
+    return report_finished
 
 
 def _load_features(
@@ -151,7 +178,11 @@ def _load_features(
 
     config = unflatten(trial["config"])
     key = feature_key(
-        config, context.data.info, data_uri=setup.data_uri, weights_digest=setup.weights_digest, device=device
+        config,
+        context.data.info,
+        data_uri=setup.data_uri,
+        weights_digest=setup.weights_digests[weights_key(config.model)],
+        device=device,
     )
     store = ray.get_actor(setup.store_name, namespace=setup.namespace)
     features = get_features(

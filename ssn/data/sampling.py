@@ -15,7 +15,8 @@ import numpy as np
 from ssn.errors import SSNError
 
 # Distinct streams of one (seed, epoch), so that adding draws to one does not shift another.
-_NORMALS, _DEFECTS, _FLIPS = 0, 1, 2
+_NORMALS, _DEFECTS, _FLIPS, _ORDER = 0, 1, 2, 3
+_NUM_FLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -79,33 +80,32 @@ def attainable_ratios(num_masked: int) -> list[float]:
 
 def epoch_draws(
     num_normal: int,
-    num_labelled: int,
+    num_masked: int,
     num_defects_used: int,
     *,
     draws_per_epoch: int | None,
     seed: int,
     epoch: int,
 ) -> Draws:
-    """Draw one epoch.
+    """Draw one epoch of ``train.sampling`` balanced.
 
     Every second draw is defective when any defective image is used. Normal and defective images are each cycled
     through seeded permutations, so that no image is drawn again before all others of its kind.
 
     Args:
         num_normal: Normal training images.
-        num_labelled: Labelled defective images available at ratio 1; it sets the length of the epoch, so that every
-            ratio takes the same number of steps.
-        num_defects_used: Labelled defective images in use.
-        draws_per_epoch: N; None: max(num_normal, 8 * num_labelled).
+        num_masked: Defective images whose masks ratio 1 would use. It sets the length of the epoch, whatever the ratio
+            and whether images are used without a mask, so that all of a category's runs take the same number of steps.
+        num_defects_used: Defective images in use, with or without their masks.
+        draws_per_epoch: N; None: max(num_normal, 8 * num_masked).
         seed: The training seed.
         epoch: Counted from 0.
 
     Raises:
         SSNError: there are no normal images.
     """
-    if num_normal < 1:
-        raise SSNError("there are no normal training images; a detector is trained on at least one")
-    num_draws = draws_per_epoch if draws_per_epoch is not None else max(num_normal, 8 * num_labelled)
+    _require_normals(num_normal)
+    num_draws = draws_per_epoch if draws_per_epoch is not None else max(num_normal, 8 * num_masked)
     is_defect = np.zeros(num_draws, dtype=bool)
     if num_defects_used > 0:
         is_defect[1::2] = True
@@ -118,8 +118,43 @@ def epoch_draws(
             index[members] = _cycle(num_items, num_members, np.random.default_rng([seed, epoch, stream]))
             occurrence[members] = np.arange(num_members) // num_items
     if num_defects_used > 0:
-        flip[is_defect] = np.random.default_rng([seed, epoch, _FLIPS]).integers(0, 4, size=int(is_defect.sum()))
+        rng = np.random.default_rng([seed, epoch, _FLIPS])
+        flip[is_defect] = rng.integers(0, _NUM_FLIPS, size=int(is_defect.sum()))
     return Draws(is_defect=is_defect, index=index, flip=flip, occurrence=occurrence)
+
+
+def official_draws(num_normal: int, num_defects_used: int, *, seed: int, epoch: int) -> Draws:
+    """Draw one epoch of ``train.sampling`` official, as the data loaders of both papers' code do.
+
+    Without defective images, every normal image once. With them, every one in use under each of its four flips and as
+    many normal images, 8 * num_defects_used in all. Normal images are drawn without replacement if there are enough of
+    them, in the first epoch all with the same probability; later, rarely drawn ones are preferred, with probability
+    proportional to (1 + q - median q) ** (4 ln num_normal), where q = 1 - f / max f and f counts an image's earlier
+    draws. The order is random throughout.
+
+    Args:
+        num_normal: Normal training images.
+        num_defects_used: Defective images in use, with or without their masks.
+        seed: The training seed.
+        epoch: Counted from 0. Earlier epochs' normal images are drawn again, to know how often each has been.
+
+    Raises:
+        SSNError: there are no normal images.
+    """
+    _require_normals(num_normal)
+    if num_defects_used == 0:
+        order = np.random.default_rng([seed, epoch, _NORMALS]).permutation(num_normal)
+        zeros = np.zeros(num_normal, dtype=np.int64)
+        return Draws(is_defect=np.zeros(num_normal, dtype=bool), index=order, flip=zeros, occurrence=zeros)
+    num_defective = _NUM_FLIPS * num_defects_used
+    normals = _rarely_drawn(num_normal, num_defective, seed, epoch)
+    defects = np.arange(num_defective)
+    order = np.random.default_rng([seed, epoch, _ORDER]).permutation(2 * num_defective)
+    is_defect = np.arange(2 * num_defective) < num_defective
+    index = np.concatenate([defects // _NUM_FLIPS, normals])[order]
+    flip = np.concatenate([defects % _NUM_FLIPS, np.zeros_like(normals)])[order]
+    image = index + num_defects_used * ~is_defect[order]
+    return Draws(is_defect=is_defect[order], index=index, flip=flip, occurrence=_count_earlier(image))
 
 
 def shard(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -130,6 +165,39 @@ def shard(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     start = rank * len(indices) // world_size
     stop = (rank + 1) * len(indices) // world_size
     return indices[start:stop]
+
+
+def _require_normals(num_normal: int) -> None:
+    if num_normal < 1:
+        raise SSNError("there are no normal training images; a detector is trained on at least one")
+
+
+def _rarely_drawn(num_items: int, num_draws: int, seed: int, epoch: int) -> np.ndarray:
+    """The items of one epoch of :func:`official_draws`, which prefers those that earlier epochs drew rarely.
+
+    Drawing the earlier epochs again keeps an epoch a function of its number, whatever ran before or was resumed; before
+    the 300th epoch of KolektorSDD2 it takes 0.1 s.
+    """
+    frequency = np.zeros(num_items)
+    probability = None
+    for each in range(epoch + 1):
+        if each > 0:
+            rarity = 1 - frequency / frequency.max()
+            weight = (1 + rarity - np.median(rarity)) ** (4 * np.log(num_items))
+            probability = weight / weight.sum()
+        rng = np.random.default_rng([seed, each, _NORMALS])
+        drawn = rng.choice(num_items, num_draws, replace=num_draws > num_items, p=probability)
+        frequency += np.bincount(drawn, minlength=num_items)
+    return drawn
+
+
+def _count_earlier(items: np.ndarray) -> np.ndarray:
+    """``[N]`` int64: how many equal items stand before each."""
+    order = np.argsort(items, kind="stable")
+    _, starts, counts = np.unique(items[order], return_index=True, return_counts=True)
+    earlier = np.empty(len(items), dtype=np.int64)
+    earlier[order] = np.arange(len(items)) - np.repeat(starts, counts)
+    return earlier
 
 
 def _cycle(num_items: int, num_draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -17,14 +17,25 @@ from ssn import engine
 from ssn.bundle import OPTIMIZER_PREFIX
 from ssn.checkpoint import load_checkpoint
 from ssn.config import Config
-from ssn.data.sampling import epoch_draws
-from ssn.engine import EpochReport, Trainer, choose_supervision, evaluation_maps, fit, learning_rate_factor
+from ssn.data.sampling import epoch_draws, official_draws, supervised_subset
+from ssn.engine import (
+    EpochReport,
+    Trainer,
+    choose_supervision,
+    evaluation_maps,
+    fit,
+    learning_rate_factor,
+    missing_labels,
+)
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures
 from ssn.losses import total_loss
 from ssn.metrics import pixel_metrics
-from ssn.model import SuperSimpleNet
-from tests.planted_features import CONFIG, EVAL_SIZE, plant_features, with_train
+from ssn.model import Noise, SuperSimpleNet
+from ssn.synthesis import feature_noise, perlin_masks
+from tests import oracle
+from tests.planted_features import CHANNELS, CONFIG, EVAL_SIZE, MAP_SIZE, plant_features, with_train
+from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL
 
 
 def run(
@@ -81,11 +92,19 @@ def test_equal_seeds_give_equal_numbers(ratio: float) -> None:
     assert not torch.equal(first.net.seg_out.weight, other.net.seg_out.weight)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"supervision_ratio": 1.0},
+        {"supervision_ratio": 0.5, "weak_labels": "use"},
+        {"supervision_ratio": 1.0, "sampling": "official"},
+    ],
+)
 @pytest.mark.parametrize("epoch", [1, 4])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, ratio: float, epoch: int) -> None:
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, settings: dict[str, Any], epoch: int) -> None:
     """Epoch 4 of 5 is past the first milestone of the learning rate."""
-    config = with_train(CONFIG, epochs=5, supervision_ratio=ratio)
+    config = with_train(CONFIG, epochs=5, **settings)
     features = plant_features()
     whole, reports = run(config, features, save_to=tmp_path / "checkpoint", save_at=epoch)
     resumed, rest = run(config, features, resume_from=tmp_path / "checkpoint")
@@ -348,3 +367,230 @@ def test_evaluation_maps_are_resized_after_smoothing() -> None:
     assert same.shape == (2, 48, 40)
     # halving bilinearly is the mean over 2 x 2
     torch.testing.assert_close(resized, torch.nn.functional.avg_pool2d(same, 2))
+
+
+# The four regimes of supervision.
+
+REGIMES = {
+    "unsupervised": {"supervision_ratio": 0.0, "weak_labels": "drop"},
+    "weak": {"supervision_ratio": 0.0, "weak_labels": "use"},
+    "mixed": {"supervision_ratio": 0.5, "weak_labels": "use"},
+    "partial": {"supervision_ratio": 0.5, "weak_labels": "drop"},
+    "full": {"supervision_ratio": 1.0, "weak_labels": "drop"},
+}
+
+
+@pytest.mark.parametrize("variant", ["icpr", "jims"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_step_is_the_papers_loss_on_the_plain_network(regime: str, variant: Any) -> None:
+    """One batch of normal, masked and weakly labelled images: loss, gradients and batch-norm statistics."""
+    config = replace(
+        with_train(CONFIG, **REGIMES[regime], batch_size=100, grad_clip_norm=1e9),
+        model=replace(CONFIG.model, variant=variant),
+    ).resolved()
+    features = plant_features(train=4, pool=5, pool_masks=4, seed=3)
+    features.pool.masks_VHW[:8] = False  # the masks of two images mark no position of the smaller map
+    trainer = Trainer(config, features)
+    plain = SuperSimpleNet(features.channels, config.model, generator_seed=config.train.train_seed).double().train()
+    gains = [1.0]  # by which batch norms scale up a gradient's rounding errors
+    for norm in (plain.seg_bn, plain.cls_bn):
+        norm.register_forward_hook(
+            lambda _, inputs, __: gains.append(float(inputs[0].detach().var((0, 2, 3)).min() + 1e-5) ** -0.5)
+        )
+    loss = trainer.run_epoch()
+
+    pool, train = features.pool, config.train
+    chosen = supervised_subset(pool.defect_types, pool.has_mask_N.tolist(), pool.ids, train.supervision_ratio, 0)
+    masked = set(chosen.tolist())
+    weak = set(range(5)) - masked if train.weak_labels == "use" else set()
+    drawn = sorted(masked | weak)
+    draws = epoch_draws(4, 4, len(drawn), draws_per_epoch=None, seed=0, epoch=0)
+    views, truth, is_weak, keys = [], [], [], []
+    for is_defect, index, which, occurrence in zip(*vars(draws).values(), strict=True):
+        split, image = (pool, drawn[index]) if is_defect else (features.train, index)
+        view = image * split.num_flips + which
+        views.append([m[view] for m in split.maps_VhwC])
+        truth.append(split.masks_VHW[view] & (not is_defect or image in masked))
+        is_weak.append(is_defect and image in weak)
+        keys.append([train.train_seed, 0, int(split.ids[image][:15], 16), occurrence])
+    assert any(is_weak) == bool(weak)
+    defect_V = torch.from_numpy(draws.is_defect).repeat(2)
+    maps = [torch.from_numpy(np.stack(layer)).double() for layer in zip(*views, strict=True)]
+    truth_V = torch.from_numpy(np.stack(truth * 2))
+    weak_V = torch.tensor(is_weak * 2)
+    keys_V = np.array([[*key, half] for half in (0, 1) for key in keys])
+    synthetic_V = perlin_masks(keys_V, MAP_SIZE, threshold=0.2, rescale_empty=variant == "jims")
+    synthetic_V[weak_V] = False
+    noisy_V = synthetic_V & ~truth_V
+    rows_NC = feature_noise(keys_V, noisy_V, sum(CHANNELS), 0.5).double()
+    noise = Noise(rows_NC, noisy_V.flatten().nonzero().squeeze(1))
+    supervised = regime != "unsupervised"
+    map_V, score_V = oracle.forward_train(plain, maps, noise, stop_grad=not supervised)
+
+    # the losses of the papers' code, on what is left when weakly labelled images are taken out
+    mask_V = (synthetic_V | truth_V)[~weak_V]
+    map_known = map_V[~weak_V]
+    marked_V = (synthetic_V | truth_V).flatten(1).any(1)
+    label_V = marked_V | defect_V
+    assert bool((defect_V & ~marked_V & ~weak_V).any()) == bool(masked & {0, 1})
+
+    def focal(logits: Tensor, targets: Tensor) -> Tensor:
+        p = torch.sigmoid(logits)
+        p_t = torch.where(targets, p, 1 - p)
+        return (-((1 - p_t) ** 4) * p_t.log()).mean()
+
+    expected = torch.clip(map_known[~mask_V] + 0.5, min=0).mean() + torch.clip(0.5 - map_known[mask_V], min=0).mean()
+    expected = expected + focal(map_known, mask_V) + focal(score_V, label_V)
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert loss == pytest.approx(float(expected.detach()), rel=FLOAT32_RTOL)
+    total = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm()
+    for (name, ours), theirs in zip(trainer.net.named_parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        allowed = GRAD_NORM_RTOL * theirs.grad.norm() + GRAD_NORM_ATOL_OF_TOTAL * max(gains) * total
+        assert (ours.grad - theirs.grad).norm() <= allowed, name
+    for ours_bn, theirs_bn in ((trainer.net.seg_bn, plain.seg_bn), (trainer.net.cls_bn, plain.cls_bn)):
+        # over all views, weakly labelled ones included
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                getattr(ours_bn, name), getattr(theirs_bn, name).float(), rtol=FLOAT32_RTOL, atol=FLOAT32_ATOL
+            )
+
+
+def test_regimes_use_the_images_that_they_say() -> None:
+    pool = plant_features(pool=5, pool_masks=4).pool
+    counts = {}
+    for regime, settings in REGIMES.items():
+        found = choose_supervision(with_train(CONFIG, **settings), pool)
+        assert not set(found.used) & set(found.weak)
+        assert found.drawn.tolist() == sorted([*found.used, *found.weak])
+        assert found.supervised == (regime != "unsupervised")
+        counts[regime] = (len(found.used), len(found.weak))
+    assert counts == {"unsupervised": (0, 0), "weak": (0, 5), "mixed": (2, 3), "partial": (2, 0), "full": (4, 0)}
+
+
+def test_all_regimes_of_a_category_take_equally_many_steps() -> None:
+    """Images without masks, which weak labels bring in, do not lengthen an epoch either."""
+    features = plant_features(train=8, pool=6, pool_masks=3)
+    lengths = {name: len(Trainer(with_train(CONFIG, **s), features)._draw(0).index) for name, s in REGIMES.items()}
+    assert set(lengths.values()) == {24}
+
+
+@pytest.mark.parametrize("regime", ["weak", "mixed"])
+@pytest.mark.parametrize("sampling", ["balanced", "official"])
+def test_masks_of_weakly_labelled_images_do_not_leak(regime: str, sampling: str) -> None:
+    config = with_train(CONFIG, **REGIMES[regime], sampling=sampling)
+    features = plant_features(pool=6)
+    weak = choose_supervision(config, features.pool).weak
+    masks = features.pool.masks_VHW.copy()
+    views = (weak[:, None] * 4 + np.arange(4)).ravel()
+    masks[views] = np.random.default_rng(0).random((len(views), *MAP_SIZE)) < 0.5
+    other = replace(features, pool=replace(features.pool, masks_VHW=masks))
+    expected, reports = run(config, features)
+    actual, again = run(config, other)
+    assert_same_state(expected, actual)
+    assert all(map(same_numbers, reports, again))
+    # which would show: a mask that is used does make a difference
+    used = with_train(config, supervision_ratio=1.0)
+    assert not torch.equal(run(used, features)[0].net.seg_out.weight, run(used, other)[0].net.seg_out.weight)
+
+
+def test_weak_training_clips_flips_and_lets_gradients_through_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watch(monkeypatch)
+    trainer = Trainer(with_train(CONFIG, **REGIMES["weak"]), plant_features(pool=3, pool_masks=0))
+    draws = trainer._draw(0)
+    assert len(set(draws.flip[draws.is_defect])) > 1
+    trainer.run_epoch()
+    assert set(seen["stop_grad"]) == {False}
+    assert set(seen["clip"]) == {1.0}
+    assert not torch.cat(seen["truth"]).any()
+
+
+def test_score_loss_of_weakly_labelled_images_reaches_the_segmentation_head() -> None:
+    """Its only way to learn from them: their positions are in neither map loss."""
+    features = plant_features(train=1, pool=1, pool_masks=0)
+    trainer = Trainer(with_train(CONFIG, **REGIMES["weak"]), features)
+    trainer.net.train()
+    maps = [m.float() for m in features.pool.gather(np.array([0]), torch.device("cpu"))]
+    none = Noise(torch.zeros(0, sum(CHANNELS)), torch.zeros(0, dtype=torch.long))
+    map_VHW, score_V = trainer.net.forward_train(maps, none, stop_grad=False)
+    weight = torch.zeros(2, 1, 1)
+    loss = total_loss(map_VHW, score_V, map_VHW > 9, torch.ones(2), truncation=0.5, gamma=4.0, weight_BHW=weight)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    assert loss.map_l1 == loss.map_focal == 0
+    assert trainer.net.seg_out.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_pool_without_masks_is_learnt_from() -> None:
+    config = with_train(CONFIG, epochs=20, **REGIMES["weak"])
+    features = plant_features(train=16, pool=2, pool_masks=0)
+    trainer, reports = run(config, features)
+    assert (len(trainer.supervision.used), len(trainer.supervision.weak)) == (0, 2)
+    losses = [r.metrics["train_loss"] for r in reports]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert reports[-1].metrics["val_image_auroc"] == 1
+
+
+def test_weak_labels_make_no_difference_where_there_are_none_left() -> None:
+    for changes, features in (
+        ({"supervision_ratio": 0.0}, plant_features(pool=0)),
+        ({"supervision_ratio": 1.0}, plant_features(pool=3)),
+    ):
+        dropped, reports = run(with_train(CONFIG, **changes), features)
+        used, again = run(with_train(CONFIG, **changes, weak_labels="use"), features)
+        assert_same_state(dropped, used)
+        assert all(map(same_numbers, reports, again))
+
+
+def test_labels_that_a_category_lacks_are_missed_in_one_line() -> None:
+    def missed(features: CategoryFeatures, **changes: Any) -> str | None:
+        return missing_labels(with_train(CONFIG, **changes), features.info)
+
+    none, unmasked, masked = plant_features(pool=0), plant_features(pool=2, pool_masks=0), plant_features(pool=2)
+    expected = "plate: the pool has no defective images, so train.weak_labels=use adds none"
+    assert missed(none, weak_labels="use") == expected
+    expected = "plate: the pool has no masks, so train.supervision_ratio is taken as 0"
+    assert missed(unmasked, supervision_ratio=0.5, weak_labels="use") == expected
+    assert missed(none, supervision_ratio=1.0) == expected
+    assert missed(unmasked, weak_labels="use") is None
+    assert missed(masked, supervision_ratio=0.5, weak_labels="use") is None
+    assert missed(none) is None
+
+
+def test_checkpoint_says_what_labels_were_used(tmp_path: Path) -> None:
+    Trainer(with_train(CONFIG, **REGIMES["mixed"]), plant_features(pool=5, pool_masks=4)).save(tmp_path / "model")
+    meta = load_checkpoint(tmp_path / "model").meta
+    assert (meta["masks_used"], meta["weak_labels_used"]) == (2, 3)
+
+
+def test_features_without_the_whole_pool_are_no_use_for_weak_labels() -> None:
+    features = plant_features(pool=3, pool_masks=2)
+    kept = replace(features, pool=plant_features(pool=2).pool)
+    Trainer(CONFIG, kept)
+    with pytest.raises(RuntimeError, match=r"make them with train\.weak_labels=use"):
+        Trainer(with_train(CONFIG, weak_labels="use"), kept)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_official_sampling_draws_the_papers_epochs(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_train(CONFIG, sampling="official", supervision_ratio=ratio)
+    trainer = Trainer(config, plant_features(train=30, pool=2))
+    seen = watch(monkeypatch)
+    for epoch in range(2):
+        expected = official_draws(30, 2 if ratio else 0, seed=0, epoch=epoch)
+        seen["features"].clear()
+        trainer.run_epoch()
+        assert sum(map(len, seen["features"])) == len(expected.index) == (16 if ratio else 30)
+
+
+def test_published_split_without_validation_images_is_trained_on() -> None:
+    features = plant_features(validation=(0, 0))
+    features = replace(features, info=replace(features.info, protocol="official"))
+    trainer, reports = run(with_train(CONFIG, supervision_ratio=1.0, sampling="official"), features)
+    with_validation, _ = run(with_train(CONFIG, supervision_ratio=1.0, sampling="official"), plant_features())
+    assert_same_state(trainer, with_validation)
+    for report in reports:
+        assert "train_loss" in report.metrics
+        assert not [name for name in report.metrics if name.startswith("val_")]
+        assert report.undefined["val_image_auroc"] == "the published split has no validation images"
+        assert ("val_pixel_ap" in report.undefined) == (report.epoch == CONFIG.train.epochs)

@@ -32,9 +32,11 @@ from ssn.features import (
     downsample_mask,
     estimate_bytes,
     extract,
+    feature_key,
     flip,
     prepare_backbone,
 )
+from ssn.streaming import hold_images
 from tests.raw_folders import write_mvtec
 from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL
 
@@ -240,21 +242,73 @@ def test_features_beyond_float16_are_refused(tiny_config: Config, search: Search
         assert first.isfinite().all()
 
 
-def test_pool_images_without_masks_are_left_out(tmp_path: Path, tiny_config: Config) -> None:
+@pytest.fixture
+def half_masked(tmp_path: Path) -> SearchData:
+    """A category in which every second defective image has a mask."""
     raw = write_mvtec(tmp_path / "raw")
     for path in sorted(raw.glob("widget/ground_truth/*/*.png"))[::2]:
         path.unlink()
     ingest(Manifest(name="half", layout="mvtec"), raw, str(tmp_path / "shards"))
-    search = open_search_data(str(tmp_path / "shards"), "half", "widget")
-    counts = search.info.counts
+    return open_search_data(str(tmp_path / "shards"), "half", "widget")
+
+
+def test_pool_images_without_masks_are_left_out(tiny_config: Config, half_masked: SearchData) -> None:
+    counts = half_masked.info.counts
     assert 0 < counts["pool"].masks < counts["pool"].defective
     assert 0 < counts["validation"].masks < counts["validation"].defective
-    features = extract(tiny_config, search, prepare_backbone(tiny_config, search))
-    assert features.pool.ids == tuple(s.id for s in search.stream("pool") if s.mask is not None)
+    features = extract(tiny_config, half_masked, prepare_backbone(tiny_config, half_masked))
+    assert features.pool.ids == tuple(s.id for s in half_masked.stream("pool") if s.mask is not None)
     assert len(features.validation.ids) == counts["validation"].normal + counts["validation"].defective
-    validation = list(search.stream("validation"))
+    validation = list(half_masked.stream("validation"))
     assert features.validation.has_mask_N.tolist() == [s.mask is not None for s in validation]
     assert features.validation.masks_VHW.any((1, 2)).tolist() == features.validation.has_mask_N.tolist()
+
+
+def weakly(config: Config) -> Config:
+    return replace(config, train=replace(config.train, weak_labels="use"))
+
+
+def test_pool_images_without_masks_are_there_for_weak_labels(tiny_config: Config, half_masked: SearchData) -> None:
+    """Cached and streamed, under every flip; what is common with other runs is the same."""
+    backbone = prepare_backbone(tiny_config, half_masked)
+    config, samples = weakly(tiny_config), list(half_masked.stream("pool"))
+    masked = extract(tiny_config, half_masked, backbone)
+    whole = extract(config, half_masked, backbone)
+    assert whole.num_bytes == estimate_bytes(config, half_masked.info, [(64, (8, 12)), (128, (4, 6))])
+    streamed = hold_images(config, half_masked, backbone, budget_bytes=10**9).with_backbone(backbone)
+    has_mask = [s.mask is not None for s in samples]
+    assert 0 < sum(has_mask) < len(has_mask)
+    for features in (whole, streamed):
+        assert features.pool.ids == tuple(s.id for s in samples)
+        assert features.pool.labels_N.all()
+        assert features.pool.has_mask_N.tolist() == has_mask
+        assert features.pool.masks_VHW.any((1, 2)).tolist() == np.repeat(has_mask, NUM_FLIPS).tolist()
+    views = np.arange(NUM_FLIPS * len(samples))
+    for kept, made in zip(
+        whole.pool.gather(views, torch.device("cpu")), streamed.pool.gather(views, torch.device("cpu")), strict=True
+    ):
+        torch.testing.assert_close(made, kept, rtol=FLOAT16_RTOL, atol=FLOAT16_RTOL)
+    common = np.repeat(has_mask, NUM_FLIPS)
+    for m, n in zip(split_of(masked, "pool").maps_VhwC, split_of(whole, "pool").maps_VhwC, strict=True):
+        np.testing.assert_array_equal(m, n[common])
+    unmasked = has_mask.index(False)
+    view = flip(load_image(samples[unmasked], config), 1)
+    at = unmasked * NUM_FLIPS + 1
+    for m, expected in zip(split_of(whole, "pool").maps_VhwC, run_backbone(backbone, view), strict=True):
+        np.testing.assert_allclose(m[at], expected, rtol=FLOAT16_RTOL, atol=FLOAT16_RTOL / 100)
+
+
+def test_key_tells_weak_labels_apart_only_where_the_pool_has_images_without_masks(
+    tiny_config: Config, half_masked: SearchData, search: SearchData
+) -> None:
+    def keys(data: SearchData) -> set[str]:
+        return {
+            feature_key(config, data.info, data_uri="here", weights_digest="w", device="cpu")
+            for config in (tiny_config, weakly(tiny_config))
+        }
+
+    assert len(keys(search)) == 1
+    assert len(keys(half_masked)) == 2
 
 
 def test_random_weights_are_calibrated_on_normal_images(

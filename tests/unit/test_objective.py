@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,16 @@ from ssn.data.reader import CategoryInfo, SearchData
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures
 from tests.planted_features import CONFIG, plant_features, with_train
-from tuning.objective import TrialContext, check_objective, compute_objective, masks_available, run_trial
-from tuning.settings import ObjectiveMetric, ObjectiveSettings
+from tuning.objective import (
+    TrialContext,
+    check_objective,
+    check_protocol,
+    compute_objective,
+    masks_available,
+    run_trial,
+)
+from tuning.settings import ObjectiveMetric, ObjectiveSettings, SweepSettings
+from tuning.sweep import sweep
 
 METRICS = {"val_image_auroc": 0.9, "val_image_ap": 0.8, "val_pixel_ap": 0.4, "val_aupro": 0.6}
 
@@ -81,6 +91,31 @@ def test_pixel_metric_without_masks_is_refused(metric: ObjectiveMetric) -> None:
         check_objective(ObjectiveSettings(metric=metric), info(3, 2, 0))
 
 
+def test_published_split_is_not_searched_on() -> None:
+    found = info(0, 0, 0)
+    check_protocol(found)
+    with pytest.raises(SSNError, match=r"^made_up/plate was ingested with --protocol official, which leaves no valid"):
+        check_protocol(replace(found, protocol="official"))
+
+
+def test_sweep_refuses_published_splits_before_it_starts_anything(tiny_data: Path, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(tiny_data, tmp_path / "shards"))
+    path = shards / "tiny" / "gadget" / "category.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "official"}))
+    tracking_uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with pytest.raises(SSNError, match=r"^tiny/gadget was ingested with --protocol official"):
+        sweep(
+            SweepSettings(),
+            dataset="tiny",
+            data_uri=str(shards),
+            categories=None,
+            tracking_uri=tracking_uri,
+            out=tmp_path / "runs",
+        )
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 Report = tuple[dict[str, Any], Callable[[Path], None] | None]
 
 
@@ -113,7 +148,7 @@ def test_trial_reports_every_epoch_and_its_objective_at_the_rungs(tmp_path: Path
         at_rung = result["epoch"] in (2, 4, 5)
         assert ("objective" in result) == at_rung == (save is not None)
         assert result["category"] == "plate"
-        assert result["masks_used"] == 2
+        assert (result["masks_used"], result["weak_labels_used"]) == (2, 0)
         assert result["feature_source"] == "cached"
         if at_rung:
             mean = (result["val_image_auroc"] + result["val_pixel_ap"]) / 2
@@ -139,6 +174,13 @@ def test_category_without_masks_is_judged_by_images_alone() -> None:
     assert math.isfinite(last["objective"])
     assert last["masks_used"] == 0
     assert "val_pixel_ap" not in last
+
+
+def test_labels_used_without_masks_are_counted_and_free() -> None:
+    last = run(plant_features(pool=5, pool_masks=4), supervision_ratio=0.5, weak_labels="use")[-1][0]
+    assert (last["masks_used"], last["weak_labels_used"]) == (2, 3)
+    mean = (last["val_image_auroc"] + last["val_pixel_ap"]) / 2
+    assert last["objective"] == pytest.approx(mean - 0.02)
 
 
 def test_divergence_is_the_users_to_read() -> None:

@@ -15,6 +15,7 @@ from ssn.config import Config, flatten, trial_identity, unflatten
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.search import CategorySearch, MultiplexSearcher
+from tuning.settings import SearchSettings, SweepSettings
 from tuning.space import (
     AttainableRatio,
     Axis,
@@ -27,6 +28,7 @@ from tuning.winner import TrialRecord, select_winner
 
 EPOCHS = 9
 SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"
+WEAK = "train.weak_labels"
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +73,20 @@ def only(search: MultiplexSearcher, category: str) -> optuna.trial.FrozenTrial:
 SPACE = {SIGMA: FloatRange(1e-3, 0.3, log=True), THRESHOLD: FloatRange(0.0, 0.7), RATIO: AttainableRatio()}
 
 
+def resolve(
+    space: Any, num_masks: int, num_defective: int | None = None, **changes: Any
+) -> tuple[dict[str, Axis], list[str]]:
+    return resolve_space(
+        space,
+        category="screw",
+        base=base(**changes),
+        attainable=attainable_ratios(num_masks),
+        num_defective=num_masks if num_defective is None else num_defective,
+    )
+
+
 def test_ratio_is_a_choice_among_attainable_counts() -> None:
-    axes, notices = resolve_space(SPACE, category="screw", base=base(), attainable=attainable_ratios(4))
+    axes, notices = resolve(SPACE, 4)
     assert axes == {
         SIGMA: FloatRange(1e-3, 0.3, log=True),
         THRESHOLD: FloatRange(0.0, 0.7),
@@ -82,24 +96,84 @@ def test_ratio_is_a_choice_among_attainable_counts() -> None:
 
 
 def test_ratio_is_fixed_with_a_notice_where_there_are_no_masks() -> None:
-    axes, notices = resolve_space(SPACE, category="screw", base=base(), attainable=attainable_ratios(0))
+    axes, notices = resolve(SPACE, 0)
     assert set(axes) == {SIGMA, THRESHOLD}
     assert notices == ["screw: the pool has no masks, so train.supervision_ratio is fixed at 0"]
 
 
 def test_ratio_cannot_be_demanded_where_there_are_no_masks() -> None:
     with pytest.raises(SSNError, match=r"^screw: train.supervision_ratio is 1.0, but its pool has no masks"):
-        resolve_space(SPACE, category="screw", base=base(**{RATIO: 1.0}), attainable=[0.0])
+        resolve(SPACE, 0, **{RATIO: 1.0})
 
 
 def test_default_outside_of_the_space_is_refused() -> None:
     with pytest.raises(SSNError, match=r"^screw: the default synthesis.noise_sigma=0.015 is not in the search space"):
-        resolve_space({SIGMA: FloatRange(0.1, 0.3)}, category="screw", base=base(), attainable=[0.0])
+        resolve({SIGMA: FloatRange(0.1, 0.3)}, 0)
 
 
 def test_attainable_range_without_any_count_is_refused() -> None:
     with pytest.raises(SSNError, match="none of the attainable ratios"):
-        resolve_space({RATIO: AttainableRatio(0.3, 0.4)}, category="screw", base=base(), attainable=[0.0, 0.5, 1.0])
+        resolve({RATIO: AttainableRatio(0.3, 0.4)}, 2)
+
+
+def test_nothing_searched_is_an_empty_space() -> None:
+    assert resolve({}, 4) == ({}, [])
+
+
+WEAK_AXIS = Choice(("drop", "use"))
+
+
+@pytest.mark.parametrize(
+    ("num_masks", "num_defective", "below"),
+    [
+        (4, 4, 0.875),  # from 3.5 masks on, all four are used
+        (1, 1, 0.5),
+        (4, 5, math.inf),  # an image without a mask is left in every trial
+        (0, 5, math.inf),
+    ],
+)
+def test_weak_labels_are_searched_where_an_image_is_left(num_masks: int, num_defective: int, below: float) -> None:
+    axes, _ = resolve({WEAK: WEAK_AXIS, **SPACE}, num_masks, num_defective)
+    assert axes[WEAK] == Choice(("drop", "use"), ratio_below=below)
+    assert list(axes)[-1] == WEAK, "after the ratio that it depends on"
+
+
+@pytest.mark.parametrize(
+    ("space", "num_masks", "changes", "notice"),
+    [
+        ({}, 0, {}, "the pool has no defective images"),
+        ({}, 3, {RATIO: 1.0}, "every image of the pool is used with its mask"),
+        ({RATIO: AttainableRatio(1.0, 1.0)}, 3, {RATIO: 1.0}, "every image of the pool is used with its mask"),
+    ],
+)
+def test_weak_labels_are_not_searched_where_none_are_ever_left(
+    space: dict[str, Any], num_masks: int, changes: dict[str, Any], notice: str
+) -> None:
+    axes, notices = resolve({WEAK: WEAK_AXIS, **space}, num_masks, **changes)
+    assert WEAK not in axes
+    assert notices == [f"screw: {notice}, so train.weak_labels is not searched"]
+
+
+@pytest.mark.parametrize(
+    ("num_masks", "num_defective", "changes", "notices"),
+    [
+        (0, 0, {WEAK: "use"}, ["screw: the pool has no defective images, so train.weak_labels=use adds none"]),
+        (0, 2, {WEAK: "use"}, []),
+        (0, 2, {RATIO: 0.5}, ["screw: the pool has no masks, so train.supervision_ratio is taken as 0"]),
+        (2, 2, {RATIO: 0.5, WEAK: "use"}, []),
+    ],
+)
+def test_settings_that_have_nothing_to_act_on_are_noticed(
+    num_masks: int, num_defective: int, changes: dict[str, Any], notices: list[str]
+) -> None:
+    assert resolve({SIGMA: SPACE[SIGMA]}, num_masks, num_defective, **changes)[1] == notices
+
+
+def test_weak_labels_are_searched_when_asked_for() -> None:
+    assert WEAK not in SweepSettings().space()
+    space = SweepSettings(search=SearchSettings(weak_labels=True)).space()
+    assert space[WEAK] == WEAK_AXIS
+    assert list(space).index(WEAK) > list(space).index(RATIO)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +300,65 @@ def test_ordered_choices_are_searched_as_positions_and_given_as_values() -> None
         search.study("a").trials[0].distributions[f"{RATIO}[index]"], optuna.distributions.IntDistribution
     )
     assert len({tuple(map(str, c.values())) for c in configs}) == 8
+
+
+@pytest.mark.parametrize("weak", ["drop", "use"])
+def test_weak_labels_are_suggested_only_where_the_ratio_leaves_an_image(weak: str) -> None:
+    """Elsewhere the base's value stands, so that no two trials differ in a setting that does nothing."""
+    start = base(**{WEAK: weak, RATIO: 1.0})
+    space, _ = resolve({RATIO: AttainableRatio(), WEAK: WEAK_AXIS}, 3, **{WEAK: weak, RATIO: 1.0})
+    search = MultiplexSearcher(
+        [CategorySearch("a", start, space, "data", "weights", 0)], sweep_id="sweep", trials_per_category=20
+    )
+    tried = []
+    while (s := search.suggest(f"t{len(tried)}")) != "FINISHED":
+        tried.append((s["config"][RATIO], s["config"][WEAK]))
+        complete(search, f"t{len(tried) - 1}", s["config"][RATIO] + (s["config"][WEAK] == "use") / 10)
+    assert tried[0] == (1.0, weak), "the base configuration comes first"
+    assert sorted(tried) == sorted([(1.0, weak), *((r, w) for r in (0.0, 1 / 3, 2 / 3) for w in ("drop", "use"))])
+    for trial in search.study("a").trials:
+        left = trial.params[f"{RATIO}[index]"] < 3
+        assert (f"{WEAK}[index]" in trial.params) == left
+        assert set(trial.user_attrs["params"]) == ({RATIO, WEAK} if left else {RATIO})
+
+
+def test_conditional_suggestions_survive_a_restore(tmp_path: Path, storage_url: str | None) -> None:
+    space, _ = resolve({RATIO: AttainableRatio(), WEAK: WEAK_AXIS, SIGMA: SPACE[SIGMA]}, 3)
+
+    def fresh(url: str | None) -> MultiplexSearcher:
+        return searcher("a", trials=8, space=space, storage_url=url)
+
+    def drive(search: MultiplexSearcher, start: int, stop: int) -> list[tuple[Any, ...]]:
+        found = []
+        for i in range(start, stop):
+            config = search.suggest(f"t{i}")["config"]
+            found.append((config[RATIO], config[WEAK], config[SIGMA]))
+            complete(search, f"t{i}", config[RATIO] - abs(math.log(config[SIGMA] / 0.02)))
+        return found
+
+    whole = drive(fresh(None), 0, 8)
+    assert len({weak for _, weak, _ in whole}) == 2
+    first = fresh(storage_url)
+    assert drive(first, 0, 4) == whole[:4]
+    first.save(str(tmp_path / "state"))
+    second = pickle.loads(pickle.dumps(first))
+    second.restore(str(tmp_path / "state"))
+    assert drive(second, 4, 8) == whole[4:]
+
+
+def test_conditional_trial_that_runs_again_keeps_its_settings() -> None:
+    space, _ = resolve({RATIO: AttainableRatio(), WEAK: WEAK_AXIS}, 2)
+    search = searcher("a", trials=5, space=space)
+    configs = {f"t{i}": search.suggest(f"t{i}")["config"] for i in range(5)}
+    assert len({(c[RATIO], c[WEAK]) for c in configs.values()}) == 5
+    for trial_id, config in configs.items():
+        search.on_trial_complete(trial_id, error=True)
+        search.on_trial_result(trial_id, {"epoch": 1})
+        again = search.study("a").trials[next(r.number for r in search.records("a") if r.trial_id == trial_id)]
+        assert again.user_attrs["trial_key"] == search.records("a")[int(trial_id[1:])].trial_key
+        assert space[RATIO].values[again.params[f"{RATIO}[index]"]] == config[RATIO]  # type: ignore[union-attr]
+        if config[RATIO] < 1:
+            assert WEAK_AXIS.values[again.params[f"{WEAK}[index]"]] == config[WEAK]
 
 
 # How trials end.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from PIL import Image
 from ssn import train_job
 from ssn.checkpoint import load_checkpoint
 from ssn.config import Config
+from ssn.data.ingest import ingest
+from ssn.data.manifest import Manifest
 from ssn.data.reader import open_test_data
+from ssn.data.splits import SplitPolicy
 from ssn.errors import SSNError
 from ssn.evaluation import evaluate_samples
 from ssn.feature_cache import FeatureCache
 from ssn.predictor import Predictor
 from ssn.train_job import evaluate, predict, train, unique_names
-from tests.raw_folders import draw_image, write_image
+from tests.raw_folders import draw_image, write_image, write_mvtec
 from tests.tolerances import TRAINED_RTOL
 
 
@@ -35,7 +39,7 @@ def test_training_reports_and_leaves_a_model(tiny_data: Path, tiny_config: Confi
         on_progress=lambda what, done, total: seen.append((what, done, total)),
     )
     assert result["model"] == str(tmp_path / "model")
-    assert (result["masks_used"], result["feature_source"]) == (6, "cached")
+    assert (result["masks_used"], result["weak_labels_used"], result["feature_source"]) == (6, 0, "cached")
     assert {"train_loss", "val_image_auroc", "val_pixel_ap"} <= set(result["metrics"])
     assert result["undefined"] == {}
     assert [entry for entry in seen if entry[0] == "training widget"] == [("training widget", e, 2) for e in (1, 2)]
@@ -44,6 +48,37 @@ def test_training_reports_and_leaves_a_model(tiny_data: Path, tiny_config: Confi
     assert checkpoint.backbone is not None
     assert checkpoint.config == tiny_config.resolved()
     assert not [name for name in checkpoint.tensors if "." in name and name.split(".")[0] in ("optimizer",)]
+
+
+def test_weak_labels_are_used_and_missing_ones_noticed(tiny_config: Config, tmp_path: Path) -> None:
+    """Without masks, with more than enough memory and next to none; and without a defective image in the pool."""
+    raw = write_mvtec(tmp_path / "raw", masks=False)
+    ingest(Manifest(name="unmasked", layout="mvtec"), raw, str(tmp_path / "shards"))
+    no_pool = SplitPolicy(rows={"test_defective": {"validation": 0.5, "test": 0.5}})
+    ingest(Manifest(name="unlabelled", layout="mvtec", splits=no_pool), raw, str(tmp_path / "shards"))
+    config = replace(tiny_config, train=replace(tiny_config.train, supervision_ratio=0.0, weak_labels="use"))
+    notices: list[str] = []
+
+    def run(dataset: str, out: str, memory_bytes: int = 10**9) -> dict[str, Any]:
+        return train(
+            config,
+            data_uri=str(tmp_path / "shards"),
+            dataset=dataset,
+            category="widget",
+            out=tmp_path / out,
+            memory_bytes=memory_bytes,
+            on_notice=notices.append,
+        )
+
+    cached = run("unmasked", "cached")
+    assert (cached["masks_used"], cached["weak_labels_used"], cached["feature_source"]) == (0, 6, "cached")
+    assert notices == []
+    assert run("unmasked", "streamed", 300_000)["feature_source"] == "streamed"
+    same_model(tmp_path / "cached", tmp_path / "streamed")
+    notices.clear()
+    result = run("unlabelled", "unsupervised")
+    assert (result["masks_used"], result["weak_labels_used"]) == (0, 0)
+    assert notices == ["widget: the pool has no defective images, so train.weak_labels=use adds none"]
 
 
 def test_training_twice_gives_the_same_model(

@@ -17,7 +17,7 @@ from tuning import objective, train_worker
 from tuning.feature_store import FeatureStore
 from tuning.objective import TrialContext, run_trial
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Placement, WorkerSetup
+from tuning.train_worker import Placement, WorkerSetup, weights_key
 
 
 class Actor:
@@ -65,7 +65,7 @@ def run(
     setup = WorkerSetup(
         contexts={"widget": context},
         data_uri=str(tiny_data),
-        weights_digest=load_backbone(config.model).digest,
+        weights_digests={weights_key(config.model): load_backbone(config.model).digest},
         store_name="features",
         namespace="sweep",
         placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),

@@ -30,8 +30,8 @@ class TrackerCallback(Callback):
     """Logs every trial of a sweep to a :class:`~tuning.tracking.protocol.Tracker`.
 
     A trial's Tune config is ``{"trial_key", "category", "index", "config": flat dotted dict}`` and, optionally,
-    ``"stage"``. It is complete when its last epoch is ``train.epochs``, pruned when it was stopped earlier. The model
-    of a complete trial is in its last checkpoint.
+    ``"stage"`` and ``"tags"``. It is complete when its last epoch is ``train.epochs``, pruned when it was stopped
+    earlier. The model of a complete trial is in its last checkpoint.
 
     Args:
         tracker: Where to log; ``check()`` and ``start_sweep`` are the caller's, ``finish_sweep`` too, because a sweep
@@ -140,6 +140,7 @@ def trial_info(trial: Trial) -> TrialInfo:
         index=config["index"],
         config=config["config"],
         stage=config.get("stage", "search"),
+        tags=config.get("tags", {}),
     )
 
 

@@ -8,7 +8,7 @@ sweep continues the runs that the interrupted one began, instead of opening new 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -29,6 +29,12 @@ STATUS_OF_STATE: dict[TrialState, RunStatus] = {
 PARENT_STAGE = "sweep"
 """Stage of a category's parent run."""
 
+BENCHMARK_STAGE = "benchmark"
+"""Stage of a benchmark's one parent run and of the runs below it; leaderboards and champions leave them alone."""
+
+ALL_CATEGORIES = "all categories"
+"""What a benchmark's parent run has for a category."""
+
 MODEL_ARTIFACT_PATH = "model"
 """Where a run's artifacts hold the trained model."""
 
@@ -46,6 +52,8 @@ class Sweep:
     """Category name -> tags of all its runs (``search_fingerprint``, ``test_fingerprint``, ``backbone_digest``)."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Tags of every run, such as :func:`tuning.tracking.environment.environment_tags`."""
+    stage: str = PARENT_STAGE
+    """Of its parent runs: one per category, but for a benchmark one in all."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,10 @@ class RunSpec:
 
 
 def describe_parent(sweep: Sweep, category: str) -> RunSpec:
-    """Key, name and tags of a category's parent run."""
+    """Key, name and tags of a category's parent run, or of the one that a benchmark's categories share."""
+    if sweep.stage == BENCHMARK_STAGE:
+        shared = replace(sweep, categories={ALL_CATEGORIES: {}})
+        return _describe(shared, ALL_CATEGORIES, BENCHMARK_STAGE, "", f"benchmark {sweep.sweep_id}", {})
     return _describe(sweep, category, PARENT_STAGE, "", category, {})
 
 
@@ -135,6 +146,25 @@ def _describe(sweep: Sweep, category: str, stage: str, trial_key: str, name: str
     return RunSpec(run_key, name, {**sweep.tags, **sweep.categories[category], **tags, **own})
 
 
+def count_scores(runs: Sequence[RunRecord], *, category: str, test_fingerprint: str, besides: str | None = None) -> int:
+    """How many runs, of sweeps and benchmarks, have been scored on a test split.
+
+    Args:
+        runs: Of the dataset.
+        category: Whose test split.
+        test_fingerprint: Of the split as it is now.
+        besides: A run that does not count, by its id.
+    """
+    return sum(
+        any(metric.startswith("test_") for metric in run.metrics)
+        and run.tags.get("test_fingerprint") == test_fingerprint
+        and run.category == category
+        and run.parent_run_id is not None
+        and run.run_id != besides
+        for run in runs
+    )
+
+
 @runtime_checkable
 class Tracker(Protocol):
     """Where runs, metrics, artifacts go.
@@ -153,7 +183,7 @@ class Tracker(Protocol):
         """
 
     def start_sweep(self, sweep: Sweep) -> dict[str, str]:
-        """Find or create the parent run of every category and mark it RUNNING.
+        """Find or create the parent run of every category, or of the benchmark, and mark it RUNNING.
 
         Returns:
             Category -> parent run id.

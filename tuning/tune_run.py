@@ -1,0 +1,122 @@
+"""One Ray Tune run over trials of many categories: placed alike, features shared, stopped in good order.
+
+Which trials there are and which of them go on is for the searcher and the scheduler to say; a sweep brings its own, and
+so does a benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuning.capacity import DRIVER_CPU, cluster_capacity, max_concurrent
+from tuning.interrupt import StopFlag, stop_tune_in_order
+from tuning.objective import TrialContext
+from tuning.train_worker import Finish, Placement, WorkerSetup, train_in_trial, train_in_worker_group
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+    from ray.tune import Callback, Tuner
+    from ray.tune.schedulers import TrialScheduler
+    from ray.tune.search import Searcher
+
+FEATURE_SHARE = 0.8
+"""Of the object store's memory, what features may take."""
+
+
+def run_tune(
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    callbacks: Sequence[Callback],
+    contexts: Mapping[str, TrialContext],
+    *,
+    name: str,
+    data_uri: str,
+    weights_digests: Mapping[str, str],
+    placement: Placement,
+    storage: tuple[str, pyarrow.fs.FileSystem | None],
+    concurrency: int | None,
+    stop: StopFlag,
+    finish: Finish | None = None,
+) -> Tuner:
+    """Run all trials to their end, or until an interrupt sets ``stop``.
+
+    Args:
+        searcher: Suggests trials.
+        scheduler: Decides which go on.
+        callbacks: Told of every step.
+        contexts: By category.
+        name: Folder of Tune's state below ``storage``.
+        data_uri: Where the shards are; absolute.
+        weights_digests: See :class:`tuning.train_worker.WorkerSetup`.
+        placement: Where trials run.
+        storage: From :func:`open_storage`.
+        concurrency: Most trials at once; None: as many as the cluster holds.
+        stop: Shared with the callbacks.
+        finish: See :class:`tuning.train_worker.WorkerSetup`.
+    """
+    import ray
+    from ray import tune
+
+    from tuning.feature_store import start_feature_store
+
+    storage_path, storage_filesystem = storage
+    store_name = f"features-{name}"
+    store = start_feature_store(
+        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
+    )
+    ray.get(store.budget_bytes.remote())
+    setup = WorkerSetup(
+        contexts=contexts,
+        data_uri=data_uri,
+        weights_digests=weights_digests,
+        store_name=store_name,
+        namespace=ray.get_runtime_context().namespace,
+        placement=placement,
+        storage_path=f"{storage_path}/{name}/workers",
+        storage_filesystem=storage_filesystem,
+        finish=finish,
+    )
+    fits = max_concurrent(cluster_capacity(), num_workers=placement.num_workers, per_worker=placement.per_worker)
+    if placement.num_workers == 0:
+        trainable = tune.with_resources(
+            tune.with_parameters(train_in_trial, setup=setup),
+            {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
+        )
+    else:
+        trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=min(fits, concurrency or fits),
+            reuse_actors=placement.num_workers == 0,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
+            verbose=0,
+            callbacks=list(callbacks),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            # a worker that dies is tried again from its checkpoint; an error of the training itself is final
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )
+    with stop_tune_in_order(stop):
+        tuner.fit()
+    ray.kill(store)
+    return tuner
+
+
+def open_storage(out: Path | str) -> tuple[str, Any]:
+    """Tune's storage path and file system; None: the local one."""
+    from ssn.data.storage import open_filesystem
+
+    if "://" not in str(out):
+        return str(Path(out).absolute()), None
+    filesystem, path = open_filesystem(str(out))
+    return path, filesystem
