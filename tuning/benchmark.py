@@ -212,7 +212,7 @@ def _champion_of(test: TestData, tracking_uri: str) -> Config:
 def check_tuning(champion: ChampionOrigin, test: TestData) -> None:
     """Refuse a champion that was tuned on an image of this test split, or of which that cannot be told.
 
-    Tuned on means train, pool or validation of its search.
+    Tuned on means train, pool or validation of its search; images are the same if their files are, byte for byte.
 
     Raises:
         SSNError: naming the category and how many images there are on both sides.
@@ -400,8 +400,9 @@ class _Work:
         }
         if curves:
             contents["label_value.csv"] = to_csv(curve_rows(curves)).encode()
+        about = "; ".join([*describe_settings(self.plan), f"protocol {self.protocol}", table.code, table.hardware])
         for curve in curves:
-            contents[f"{curve.name}.png"] = draw_label_curve(curve, notes=f"{table.code}; {table.hardware}")
+            contents[f"{curve.name}.png"] = draw_label_curve(curve, notes=about)
         files = [self.store.write_file(name, data) for name, data in contents.items()]
         parent = next(iter(self.tracker.start_sweep(described).values()))
         with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
@@ -472,15 +473,13 @@ def describe_settings(plan: Plan) -> list[str]:
     for name in dict.fromkeys(variant.name for variant in plan.variants):
         labels = {variant.label for variant in plan.variants if variant.name == name}
         configs = [run.config for run in plan.runs if labels & set(run.labels)]
-        backbones, epochs, sizes = (
-            dict.fromkeys(values)
-            for values in (
-                [f"{c['model.backbone']} ({c['model.variant']}, weights {c['model.weights']})" for c in configs],
-                [str(c["train.epochs"]) for c in configs],
-                ["{} x {}".format(*c["data.image_size"]) for c in configs],
-            )
+        networks = dict.fromkeys(
+            f"{c['model.backbone']} ({c['model.variant']}, weights {c['model.weights'].rpartition('/')[2]})"
+            for c in configs
         )
-        lines.append(f"{name}: {' or '.join(backbones)}, {' or '.join(epochs)} epochs, {' or '.join(sizes)} pixels")
+        epochs = dict.fromkeys(str(c["train.epochs"]) for c in configs)
+        sizes = dict.fromkeys("{} x {}".format(*c["data.image_size"]) for c in configs)
+        lines.append(f"{name}: {' or '.join(networks)}, {' or '.join(epochs)} epochs, {' or '.join(sizes)} pixels")
     return lines
 
 

@@ -104,7 +104,7 @@ def benchmark(
         typer.Option(
             "--out",
             metavar="URI",
-            help="Results, tables and pictures: a folder, s3://, gs://. What is there is not redone.",
+            help="Results, tables and pictures: a folder, s3://, gs://. Runs that are there are not done again.",
         ),
     ],
     configs: Annotated[

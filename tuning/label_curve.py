@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,9 @@ class LabelCurve:
     available: float
     """Masks in the pool."""
     about: str
-    """Test images, split and protocol, in words."""
+    """Test images, in words."""
+    heading: str
+    """Dataset, category and, if there are several, configuration."""
 
     @property
     def name(self) -> str:
@@ -86,12 +89,17 @@ def make_curves(
         if variant.chosen(RATIO_KEY) is not None:
             groups.setdefault(_without_labels(variant), []).append(variant)
     curves, notes = [], []
+
+    def make(category: str, configuration: str, points: dict[str, list[Point]], masks: float, about: str) -> LabelCurve:
+        parts = dict.fromkeys([dataset, category, *([configuration] if len(groups) > 1 else [])])
+        return LabelCurve(dataset, category, configuration, points, masks, about, ", ".join(parts))
+
     for configuration, variants in groups.items():
         for category in plan.categories:
             pool, counts = infos[category].counts["pool"], infos[category].counts["test"]
             points = _points(plan, results, variants, [category])
             about = f"{counts.defective} defective and {counts.normal} normal test images"
-            curve = LabelCurve(dataset, category, configuration, points, pool.masks, about)
+            curve = make(category, configuration, points, pool.masks, about)
             if pool.masks == 0:
                 notes.append(f"no label value curve of {category}: none of its training images has a mask")
             elif not _drawable(curve):
@@ -103,7 +111,7 @@ def make_curves(
             masks = statistics.fmean(infos[category].counts["pool"].masks for category in drawn)
             points = _points(plan, results, variants, drawn)
             about = f"mean over {', '.join(drawn)}"
-            curve = LabelCurve(dataset, f"mean of {len(drawn)} categories", configuration, points, masks, about)
+            curve = make(f"mean of {len(drawn)} categories", configuration, points, masks, about)
             if _drawable(curve):
                 curves.append(curve)
     return curves, list(dict.fromkeys(notes))
@@ -192,25 +200,23 @@ def sum_up(points: Sequence[Point], metric: str) -> list[tuple[float, float, flo
 
 
 def read_gain(points: Sequence[Point], metric: str) -> str:
-    """One sentence on where most of the gain is had, or that repetitions differ by as much as there is to gain.
+    """One sentence: the mean without defects, with the fewest masks that bring most of the gain, and with all of them.
 
-    Empty where that cannot be told: without repetitions, or without training on no masks.
+    Or that there is no clear gain, where repetitions differ by as much. Empty where that cannot be told: without
+    repetitions, or without training on no masks.
     """
     line = sum_up(points, metric)
     if len(line) < 2 or line[0][0] != 0 or min(n for *_, n in line) < 2:
         return ""
     (_, base, base_std, _), (most, full, full_std, _) = line[0], line[-1]
-    gain, start = full - base, f"{100 * base:.1f} without defects"
-    if gain <= base_std + full_std:
-        return f"{start}; no clear gain from {most:g} masks"
-    enough = most
-    for masks, mean, _, _ in reversed(line):
-        if mean < base + SHARE_OF_GAIN * gain:
-            break
-        enough = masks
+    start, end = f"{100 * base:.1f} without defects", f"{100 * full:.1f} with"
+    if full - base <= base_std + full_std:
+        return f"{start}, {end} {most:.4g} masks: no clear gain"
+    wanted = base + SHARE_OF_GAIN * (full - base)
+    enough, mean = next((masks, mean) for masks, mean, *_ in line if mean >= wanted)
     if enough == most:
-        return f"{start}; {100 * gain:+.0f} points with all {most:g} masks, clearly fewer with less"
-    return f"{start}; {100 * gain:+.0f} points with {most:g} masks, {100 * SHARE_OF_GAIN:.0f} % of that with {enough:g}"
+        return f"{start}, {end} all {most:.4g} masks; fewer bring less than {100 * SHARE_OF_GAIN:.0f} % of the gain"
+    return f"{start}, {100 * mean:.1f} with {enough:.4g} masks, {end} {most:.4g}"
 
 
 def draw_label_curve(curve: LabelCurve, *, notes: str = "") -> bytes:
@@ -233,12 +239,11 @@ def draw_label_curve(curve: LabelCurve, *, notes: str = "") -> bytes:
     handles: dict[str, Artist] = {}
     for axis, metric in zip(axes, metrics, strict=True):
         handles |= _draw_panel(axis, curve, metric)
-    configuration = "" if curve.configuration == "default" else f" ({curve.configuration})"
     names = [name for name in (*_LINE_NAMES.values(), _BASELINE_NAME) if name in handles]
     figure.legend(
         [handles[name] for name in names],
         names,
-        title=f"{curve.dataset}, {curve.category}{configuration}: how many defects to annotate?",
+        title=f"{curve.heading}: how many defects to annotate?",
         title_fontproperties={"size": 16, "weight": "bold"},
         alignment="left",
         loc="outside upper left",
@@ -251,7 +256,8 @@ def draw_label_curve(curve: LabelCurve, *, notes: str = "") -> bytes:
         if repetitions > 1
         else "one training per point, so that chance cannot be told from gain"
     )
-    below = "\n".join(line for line in (f"{curve.about}; {spread}", notes) if line)
+    lines = [line for line in (f"{curve.about}; {spread}", notes) if line]
+    below = "\n".join(part for line in lines for part in textwrap.wrap(line, width=95 * len(metrics)))
     figure.supxlabel(below, fontsize=9, color=_GREY, x=0.01, ha="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})

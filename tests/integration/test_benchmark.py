@@ -79,19 +79,21 @@ report("before")
 both = ["--configs", folder / "configs.yaml", "--configs", "champion", "--seeds", "2"]
 benchmark("first", *both)
 report("after")
-results = sorted(Path(folder, "out/tiny/results").glob("*/*.json"))
-results[0].unlink()
-results[1].write_text(results[1].read_text()[:100])
-benchmark("second", *both, "--configs", folder / "wild.yaml")
-benchmark("third", *both)
+by_key = {row["run"]: row for row in said["first"]["json"]["runs"]}
+for file in Path(folder, "out/tiny/results/widget").glob("*.json"):
+    row = by_key[file.stem]
+    if (row["configuration"], row["repetition"]) == ("noisy", 0):
+        file.unlink()
 
 only = ["--configs", folder / "configs.yaml", "--category", "widget", "--seeds", "2"]
-benchmark("labels", *only, "--over", "train.supervision_ratio=0,0.5,1", "--weak", "drop,use")
+benchmark("labels", *only, "--over", "train.supervision_ratio=0,1", "--weak", "drop,use")
+benchmark("again", *both)
 worker = ["--category", "widget", "--seeds", "1", "--num-workers", "1"]
 benchmark("worker", "--configs", folder / "configs.yaml", *worker, out=folder / "worker")
 
 paper = ["--paper", folder / "paper.csv", "--paper-dataset", "tinies"]
-benchmark("official", *only, *paper, data=official, out=folder / "official")
+one = ["--configs", folder / "configs.yaml", "--configs", folder / "wild.yaml", "--seeds", "1"]
+benchmark("official", *one, *paper, data=official, out=folder / "official")
 benchmark("refused", *only, "--configs", "champion", data=official, out=folder / "refused")
 said["refused"]["left"] = Path(folder, "refused").exists()
 benchmark("paper of another split", *both, *paper)
@@ -189,21 +191,20 @@ def test_numbers_are_those_of_the_engine_and_the_predictor_without_ray(outcome: 
 
 
 def test_what_was_lost_is_done_again_and_nothing_else(outcome: Outcome) -> None:
-    second, third = outcome.said["second"], outcome.said["third"]
-    assert second["status"] == 0, second["err"]
-    assert second["err"].count("is damaged or of another version; its run is done again") == 1
-    assert "12 runs fill 12 cells; 6 of them are there already" in second["err"]
-    assert "6/6 runs, 0 running, 4 failed" in second["err"]
-    assert second["json"]["num_already"] == 6
-    assert "8 of them are there already" in third["err"]
-    assert "running" not in third["err"]
-    before, after, last = (outcome.cells(name) for name in ("first", "second", "third"))
-    assert {cell: row for cell, row in after.items() if cell[1] != "wild"} == last
-    kept = [cell for cell in before if before[cell] == after[cell]]
-    assert len(kept) == 6
-    for cell in set(before) - set(kept):
-        for metric in METRICS:
-            assert after[cell][f"test_{metric}"] == pytest.approx(before[cell][f"test_{metric}"], rel=GOLDEN_RTOL)
+    """The lost run is one of the label value curve's too, whose command does it again."""
+    labels, again = outcome.said["labels"], outcome.said["again"]
+    assert labels["status"] == 0, labels["err"]
+    # ratio 1 is the noisy configuration of before, with weak labels and without
+    assert "6 runs fill 8 cells; 1 of them are there already" in labels["err"]
+    assert "5/5 runs, 0 running, 0 failed" in labels["err"]
+    assert labels["json"]["num_already"] == 1
+    assert "8 runs fill 8 cells; 8 of them are there already" in again["err"]
+    assert "running" not in again["err"]
+    before, after = (outcome.cells(name) for name in ("first", "again"))
+    lost = ("widget", "noisy", 0)
+    assert [cell for cell in before if before[cell] != after[cell]] == [lost]
+    for metric in METRICS:
+        assert after[lost][f"test_{metric}"] == pytest.approx(before[lost][f"test_{metric}"], rel=GOLDEN_RTOL)
 
 
 def test_tables_and_runs_are_beside_the_results_and_in_mlflow(outcome: Outcome) -> None:
@@ -226,18 +227,17 @@ def test_tracker_has_a_run_per_network_below_one_parent(outcome: Outcome) -> Non
     parent = next(r for r in runs if r.parent_run_id is None)
     children = [r for r in runs if r.parent_run_id == parent.run_id]
     # the label values are of the same folder and so of the same benchmark
-    networks = {row["run"] for name in ("first", "second", "labels") for row in outcome.cells(name).values()}
-    assert len(children) == len(networks) == 8 + 4 + 8
-    finished = [child for child in children if child.trial_state == "COMPLETE"]
-    assert len(finished) == 16
-    assert {r.status for r in [parent, *finished]} == {"FINISHED"}
-    for child in finished:
+    networks = {row["run"] for name in ("first", "labels") for row in outcome.cells(name).values()}
+    assert len(children) == len(networks) == 8 + 4
+    assert {(r.status, r.trial_state) for r in children} == {("FINISHED", "COMPLETE")}
+    assert parent.status == "FINISHED"
+    for child in children:
         assert set(child.metrics) >= {f"test_{metric}" for metric in METRICS} | {"val_image_ap", "train_loss"}
         assert child.tags["protocol"] == "validation"
         assert child.tags["configuration"]
         assert child.params["train.train_seed"] == child.params["train.label_seed"] == child.tags["repetition"]
         assert len(outcome.tracker.list_artifacts(child.run_id)) == 3
-    times = {int(r.tags["test_split_scored_times"]) for r in children if r.category == "gadget" and r in finished}
+    times = {int(r.tags["test_split_scored_times"]) for r in children if r.category == "gadget"}
     assert max(times) >= 5, "the sweep's champion was the first"
 
 
@@ -251,15 +251,10 @@ def test_sweeps_are_none_the_wiser(outcome: Outcome) -> None:
 
 
 def test_labels_have_a_value(outcome: Outcome) -> None:
-    labels = outcome.said["labels"]
-    assert labels["status"] == 0, labels["err"]
-    # ratio 1 is the noisy configuration of before, with weak labels and without
-    assert "10 runs fill 12 cells; 2 of them are there already" in labels["err"]
-    dots = labels["json"]["label_value"]
-    assert sorted({(dot["weak_labels"], dot["masks"]) for dot in dots}) == [
-        (weak, masks) for weak in ("drop", "use") for masks in (0, 3, 6)
+    dots = outcome.said["labels"]["json"]["label_value"]
+    assert sorted((dot["weak_labels"], dot["masks"]) for dot in dots) == [
+        (weak, masks) for weak in ("drop", "use") for masks in (0, 0, 6, 6)
     ]
-    assert len(dots) == 12
     assert (outcome.folder / "out/tiny/label_value-widget-noisy.png").read_bytes()[:4] == b"\x89PNG"
     rows = outcome.rows("labels")
     weak = rows["widget", "noisy, supervision_ratio=0, weak_labels=use"]
@@ -275,27 +270,29 @@ def test_worker_group_scores_as_the_trial_process_does(outcome: Outcome) -> None
         assert row[f"test_{metric}"] == pytest.approx(expected[f"test_{metric}"], rel=GOLDEN_RTOL, abs=GOLDEN_ATOL)
 
 
-def test_failure_of_some_runs_costs_no_other(outcome: Outcome) -> None:
-    second = outcome.said["second"]
-    assert "warning: 4 of 6 runs failed; the same command tries them again" in second["err"]
-    lines = second["json"]["failures"]
-    assert len(lines) == 4
-    for line in lines:
-        assert re.match(r"(gadget|widget): wild, repetition [01] failed: .*the training loss became nan", line)
-        assert "\n" not in line
-    rows = outcome.rows("second")
-    assert (rows["widget", "noisy"]["n"], rows["widget", "wild"]["n"]) == (2, 0)
-    assert rows["widget", "wild"]["metrics"]["aupro"]["mean"] is None
-    assert rows["mean", "wild"]["metrics"]["aupro"]["mean"] is None
-    failed = [r for r in outcome.tracker.find_runs("tiny") if r.trial_state == "FAIL"]
-    assert len(failed) == 4
-    assert {(r.stage, r.status) for r in failed} == {("benchmark", "FAILED")}
+def test_failure_of_one_run_costs_no_other(outcome: Outcome) -> None:
+    official = outcome.said["official"]
+    assert official["status"] == 0, official["err"]
+    assert "warning: 1 of 2 runs failed; the same command tries them again" in official["err"]
+    (line,) = official["json"]["failures"]
+    assert re.match(r"widget: wild, repetition 0 failed: .*the training loss became nan", line)
+    assert "\n" not in line
+    rows = outcome.rows("official")
+    assert (rows["widget", "noisy"]["n"], rows["widget", "wild"]["n"]) == (1, 0)
+    assert rows["widget", "wild"]["metrics"]["aupro"] == {
+        "mean": None,
+        "std": None,
+        "n": 0,
+        "undefined": "no repetition has finished",
+    }
+    (failed,) = [r for r in outcome.tracker.find_runs("tiny") if r.trial_state == "FAIL"]
+    assert (failed.stage, failed.status) == ("benchmark", "FAILED")
 
 
 def test_official_protocol_has_no_validation_and_the_papers_figures(outcome: Outcome) -> None:
-    official = outcome.said["official"]
-    assert official["status"] == 0, official["err"]
     for row in outcome.cells("official").values():
+        if row["configuration"] == "wild":
+            continue
         assert all(row[f"validation_{metric}"] is None for metric in METRICS)
         assert all(0 <= row[f"test_{metric}"] <= 1 for metric in METRICS)
         assert row["protocol"] == "official"
