@@ -268,7 +268,8 @@ def test_table_says_what_is_excluded() -> None:
     for row in table.values():
         assert row["ours"]["mean"] == pytest.approx(np.mean(row["ours"]["values"]))
         assert row["difference"] == pytest.approx(row["ours"]["mean"] - row["anomalib"]["mean"])
-    settings = {"dataset": "d", "category": "c", "backbone": "b", "epochs": 1, "batch": 8, "anomalib": "2.7.0"}
+    settings = {"dataset": "d", "category": "c", "backbone": "b", "size": 64, "epochs": 1, "batch": 8}
+    settings["anomalib"] = "2.7.0"
     content = {
         "settings": settings,
         "counts": {"train": 48, "normal": 5, "defective": 7},
@@ -276,7 +277,7 @@ def test_table_says_what_is_excluded() -> None:
         "metrics": json.loads(json.dumps(table)),
     }
     lines = peer_accuracy.to_markdown(content).splitlines()
-    assert "48 training images" in lines[0]
+    assert "64 x 64 pixels, unsupervised: 48 training images" in lines[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| image_auroc")]
     row = table["image_auroc"]
     assert rows[0][1] == f"{100 * row['ours']['mean']:.1f} ± {100 * np.std(row['ours']['values'], ddof=1):.1f}"
