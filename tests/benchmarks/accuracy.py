@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ssn.backbone import Backbone
-from ssn.config import Config, DataConfig, ModelConfig, TrainConfig, digest, flatten
+from ssn.config import Config, DataConfig, ModelConfig, SynthesisConfig, TrainConfig, digest, flatten
 from ssn.data.ingest import ingest
 from ssn.data.manifest import load_manifest
 from ssn.data.reader import SearchData, open_search_data, open_test_data
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the labelled defects whose masks are used")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--sigma", type=float, default=0.015, help="synthesis.noise_sigma; the paper's suits WRN50")
     parser.add_argument("--ways", default=",".join(WAYS), help="some of them, in commas; fp32 is always run")
     parser.add_argument("--out", type=Path, default=Path("build/accuracy.json"), help="runs that are done")
     arguments = parser.parse_args()
@@ -130,6 +131,7 @@ def main() -> None:
     config = Config(
         model=ModelConfig(backbone="resnet18", weights=str(shared / WEIGHTS)),
         data=DataConfig(image_size=(arguments.size, arguments.size)),
+        synthesis=SynthesisConfig(noise_sigma=arguments.sigma),
         train=TrainConfig(
             epochs=arguments.epochs,
             batch_size=8,
@@ -171,7 +173,7 @@ def main() -> None:
     machine = describe_machine(torch.get_num_threads())
     print(
         f"{arguments.category}, ResNet18 (ImageNet), {arguments.size} x {arguments.size}, {arguments.epochs} epochs of "
-        f"{arguments.draws} images, supervision_ratio {arguments.ratio:g}, seeds 0-{arguments.seeds - 1}; "
+        f"{arguments.draws} images, supervision_ratio {arguments.ratio:g}, noise_sigma {arguments.sigma:g}, seeds 0-{arguments.seeds - 1}; "
         + ", ".join(f"{name} {value}" for name, value in machine.items())
         + "\n"
     )
