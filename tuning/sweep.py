@@ -29,7 +29,7 @@ from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
 from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
-from tuning.tracking.protocol import count_scores
+from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S, count_scores
 from tuning.train_worker import Placement, weights_key
 from tuning.tune_run import open_storage, run_tune
 
@@ -87,7 +87,8 @@ def sweep(
     """
     import optuna
 
-    from tuning.tracking import MLflowTracker
+    from tuning.tracking import MLflowTracker, Outbox
+    from tuning.tracking.outbox import outbox_folder
 
     started_s = time.monotonic()
     console = console or open_stderr()
@@ -97,8 +98,8 @@ def sweep(
         check_objective(settings.objective, search_data.info)
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
-    tracker = MLflowTracker(tracking_uri)
-    tracker.check()
+    store = MLflowTracker(tracking_uri, persistent=False)
+    store.check()
 
     connect_ray()
     placement = place(settings)
@@ -114,6 +115,7 @@ def sweep(
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
+    tracker = Outbox(store, outbox_folder(out, run.sweep_id))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searcher, notices = run.searcher()
     for notice in notices:
@@ -303,6 +305,7 @@ class _Run:
             raise
         finally:
             tracker.finish_sweep(sweep_tags, status)
+            tracker.close(STOP_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S)
         return leaderboard, results
 
     def tracked(self, tracker: Any) -> Sweep:
