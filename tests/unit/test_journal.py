@@ -43,7 +43,8 @@ def test_what_was_not_ticked_off_comes_again(tmp_path: Path) -> None:
     for i in range(4):
         journal.append(b"%d" % i)
     first, second, *_ = journal.read(10)
-    assert first.end is not None and second.end is not None
+    assert first.end is not None
+    assert second.end is not None
     journal.acknowledge(second.end)
     assert journal.count_after(second.end) == 2
     journal.close()
@@ -121,7 +122,7 @@ def test_full_disk_takes_whole_lines_or_none(disk: Path) -> None:
     journal = Journal(disk / "outbox")
     line = b"x" * 5000
     taken = [journal.append(line) for _ in range(30)]
-    assert taken[0] and not taken[-1]
+    assert (taken[0], taken[-1]) == (True, False)
     on_disk = b"".join(p.read_bytes() for p in sorted((disk / "outbox").glob("*.jsonl")))
     assert on_disk == (line + b"\n") * sum(taken)
     assert lines(journal) == [line] * 30

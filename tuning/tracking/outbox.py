@@ -209,8 +209,8 @@ class Outbox:
             return None
         why = f" ({reason})" if reason else ""
         return (
-            f"tracking is behind by {num_left} operations{why}. {self.folder} keeps them; once the store can take them, "
-            f"run: {self.way_out}"
+            f"tracking is behind by {num_left} operations{why}. {self.folder} keeps them; once the store can take "
+            f"them, run: {self.way_out}"
         )
 
     def _delivery(self) -> Delivery:
