@@ -317,13 +317,19 @@ class _Work:
         """Run what is left on Tune, and take in results and failures."""
         from ray.tune.schedulers import FIFOScheduler
 
-        from tuning.benchmark_runs import BenchmarkCallback, FixedRuns
+        from tuning.benchmark_runs import BenchmarkCallback
         from tuning.benchmark_score import ScoreOnTest
+        from tuning.fixed_runs import FixedRuns
         from tuning.progress import ProgressCallback
 
         stop = StopFlag()
         storage = open_storage(join_uri(self.store.root_uri, RAY_FOLDER))
-        searcher = FixedRuns(todo, self._tags)
+        searcher = FixedRuns(
+            todo,
+            stage=BENCHMARK_STAGE,
+            label=lambda run: f"{run.labels[0]}, repetition {run.seed}",
+            tags=self._tags,
+        )
         tracking = BenchmarkCallback(
             self.tracker,
             described,

@@ -21,7 +21,7 @@ from tuning.winner import TrialRecord, select_winner
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-    from tuning.benchmark_runs import FixedRuns
+    from tuning.fixed_runs import FixedRuns
     from tuning.search import MultiplexSearcher
 
 _LIVE_PERIOD_S = 0.5
@@ -106,7 +106,7 @@ class ProgressCallback(Callback):
 
     def __init__(
         self,
-        searcher: MultiplexSearcher | FixedRuns,
+        searcher: MultiplexSearcher | FixedRuns[Any],
         *,
         ranked: bool = True,
         interval_s: float = 30.0,

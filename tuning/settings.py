@@ -41,6 +41,18 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class FinalistSettings:
+    """How the search's best are tried again before one of them becomes champion."""
+
+    count: int = 3
+    """Complete trials per category, best first, that are trained with more seeds; 1: the search's best wins as it
+    is."""
+    seeds: int = 3
+    """Runs of each finalist, the search's own included; the others' ``train.train_seed`` and ``train.label_seed`` count
+    up from the search's. 1: the search's best wins as it is."""
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """What a trial is judged by, on the validation split."""
 
@@ -73,6 +85,7 @@ class SweepSettings:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     search: SearchSettings = field(default_factory=SearchSettings)
+    finalists: FinalistSettings = field(default_factory=FinalistSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
@@ -86,6 +99,8 @@ class SweepSettings:
         grace_fits = s.grace_epochs is None or 1 <= s.grace_epochs <= epochs
         _require("search.grace_epochs", s.grace_epochs, grace_fits, f"in 1..{epochs}, the number of epochs")
         _require("search.max_concurrent", s.max_concurrent, s.max_concurrent is None or s.max_concurrent >= 1, ">= 1")
+        _require("finalists.count", self.finalists.count, self.finalists.count >= 1, "at least 1")
+        _require("finalists.seeds", self.finalists.seeds, self.finalists.seeds >= 1, "at least 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
         _require("objective.cost_per_mask", o.cost_per_mask, o.cost_per_mask >= 0, "at least 0")
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")

@@ -6,19 +6,21 @@ The search is given ``SearchData`` alone. Test data is opened after it has ended
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import logging
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from ssn.config import ModelConfig, flatten
-from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
+from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
@@ -28,23 +30,21 @@ from tuning.report import Leaderboard
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
-from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
-from tuning.tracking.protocol import count_scores
+from tuning.sweep_result import CategoryResult, SweepResult, describe_decision, leaderboard_row, parent_summary
 from tuning.train_worker import Placement, weights_key
-from tuning.tune_run import open_storage, run_tune
+from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
 
 if TYPE_CHECKING:
+    from ray.tune import Tuner
+    from ray.tune.schedulers import TrialScheduler
+    from ray.tune.search import Searcher
     from rich.console import Console
 
-    from ssn.checkpoint import Checkpoint
-    from ssn.data.reader import TestData
     from tuning.benchmark_plan import BenchmarkSettings
-    from tuning.champions import ChampionVersion
+    from tuning.finalists import Finals
+    from tuning.progress import ProgressCallback
     from tuning.search import MultiplexSearcher
     from tuning.tracking.protocol import Sweep
-    from tuning.winner import TrialRecord
-
-T = TypeVar("T")
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
@@ -283,13 +283,28 @@ class _Run:
         self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
     ) -> tuple[Leaderboard, list[CategoryResult]]:
         """Search, crown and report; however it ends, no run is left open."""
+        from tuning.crown import Crowning
+
         sweep_tags = self.tracked(tracker)
         status = "FAILED"
         try:
-            searcher = self.search(searcher, tracker, sweep_tags)
+            features = share_features(self.sweep_id)
+            searcher = self.search(searcher, tracker, sweep_tags, features)
             if not searcher.done:
                 raise KeyboardInterrupt
-            results = self.crown(searcher, tracker, sweep_tags, console)
+            finals = self.try_finalists(searcher, tracker, sweep_tags, features)
+            features.end()
+            crowning = Crowning(
+                settings=self.settings,
+                dataset=self.dataset,
+                data_uri=self.data_uri,
+                data=self.data,
+                placement=self.placement,
+                sweep_id=self.sweep_id,
+                tracker=tracker,
+                console=console,
+            )
+            results = crowning.crown({name: searcher.records(name) for name in self.data}, finals)
             leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
             self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
@@ -328,117 +343,87 @@ class _Run:
         tracker.start_sweep(described)
         return described
 
-    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
+    def search(
+        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, features: SharedFeatures
+    ) -> MultiplexSearcher:
         """Run Tune to the end, or until it is interrupted."""
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
         from tuning.search import searcher_of
+
+        scheduler = MultiplexScheduler(
+            max_epochs=self.settings.train.epochs,
+            grace=self.settings.grace_epochs(),
+            eta=self.settings.search.eta,
+            history=searcher,
+        )
+        progress = ProgressCallback(searcher)
+        return searcher_of(self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id))
+
+    def try_finalists(
+        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, features: SharedFeatures
+    ) -> Finals:
+        """Train each category's best trials with more seeds; nothing is pruned.
+
+        Raises:
+            KeyboardInterrupt: some did not run to their end.
+        """
+        from ray.tune.schedulers import FIFOScheduler
+
+        from tuning.finalists import FinalistRun, Finals, plan_finalists
+        from tuning.fixed_runs import FixedRuns
+        from tuning.progress import ProgressCallback
+        from tuning.tracking.protocol import FINALIST_STAGE
+
+        planned = {
+            name: plan_finalists(
+                searcher.records(name), self.settings.finalists, functools.partial(searcher.identity, name)
+            )
+            for name in self.data
+        }
+        todo = [run for runs in planned.values() for run in runs]
+        if not todo:
+            return Finals()
+        runs = FixedRuns(todo, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
+        progress = ProgressCallback(runs, ranked=False)
+        name = f"{self.sweep_id}-finalists"
+        self.tune(runs, FIFOScheduler(), progress, tracker, sweep_tags, features, name=name)
+        if not runs.done:
+            raise KeyboardInterrupt
+        return Finals(planned, {name: runs.records(name) for name in self.data})
+
+    def tune(
+        self,
+        searcher: Searcher,
+        scheduler: TrialScheduler,
+        progress: ProgressCallback,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+        *,
+        name: str,
+    ) -> Tuner:
+        """One Tune run of the sweep."""
         from tuning.tracking.callback import TrackerCallback
 
-        settings, stop = self.settings, StopFlag()
+        stop = StopFlag()
         storage = open_storage(self.out)
-        tuner = run_tune(
+        return run_tune(
             searcher,
-            MultiplexScheduler(
-                max_epochs=settings.train.epochs,
-                grace=settings.grace_epochs(),
-                eta=settings.search.eta,
-                history=searcher,
-            ),
-            [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
+            scheduler,
+            [progress, TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
             {
-                name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
+                name: TrialContext(data=data, objective=self.settings.objective, rung_epochs=self.rungs)
                 for name, data in self.data.items()
             },
-            name=self.sweep_id,
+            name=name,
             data_uri=self.data_uri,
-            weights_digests={weights_key(settings.model): self.weights_digest},
+            weights_digests={weights_key(self.settings.model): self.weights_digest},
             placement=self.placement,
             storage=storage,
-            concurrency=settings.search.max_concurrent,
+            concurrency=self.settings.search.max_concurrent,
             stop=stop,
-        )
-        return searcher_of(tuner)
-
-    def crown(
-        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
-    ) -> list[CategoryResult]:
-        """Choose, score and register each category's champion; several are scored at once."""
-        import ray
-
-        from tuning.champions import load_trial_model
-        from tuning.winner import select_winner
-
-        runs = {
-            (r.category, r.tags.get("trial_identity")): r.run_id
-            for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
-        }
-        device = "cuda" if self.placement.use_gpu else "cpu"
-        score = ray.remote(score_champion).options(
-            num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
-        )
-
-        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef]:
-            winner = select_winner(searcher.records(name))
-            run_id = runs[name, winner.trial_key]
-            model = load_trial_model(run_id, tracker.tracking_uri)
-            test = open_test_data(self.data_uri, self.dataset, name)
-            return winner, run_id, score.remote(model, test, device, self.placement.cpus)
-
-        # what goes wrong with one category must not cost the others their champions
-        started = {name: _outcome(start, name) for name in self.data}
-        results = []
-        for name, outcome in started.items():
-            trials = searcher.records(name)
-            default = next((t for t in trials if t.index == 0), None)
-            if isinstance(outcome, str):
-                results.append(CategoryResult(name, None, default, trials, None, None, None, outcome))
-                continue
-            console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
-            winner, run_id, pending = outcome
-            scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
-            if isinstance(scored, str):
-                results.append(CategoryResult(name, winner, default, trials, None, None, run_id, scored))
-                continue
-            champion = self._register(tracker, name, winner, run_id, scored, len(trials))
-            results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
-        return results
-
-    def _register(
-        self, tracker: Any, category: str, winner: TrialRecord, run_id: str, scored: ChampionScore, num_trials: int
-    ) -> ChampionVersion:
-        from tuning.champions import Decision, promote
-
-        info = self.data[category].info
-        runs = tracker.find_runs(self.dataset, category=category)
-        times = 1 + count_scores(runs, category=category, test_fingerprint=info.test_fingerprint, besides=run_id)
-        with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-            picture = Path(scratch, "test_cases.png")
-            picture.write_bytes(scored.picture)
-            tracker.log_summary(
-                run_id,
-                metrics={f"test_{name}": value for name, value in scored.metrics.items()},
-                tags={
-                    "test_split_scored_times": str(times),
-                    **{f"undefined_test_{name}": reason for name, reason in scored.undefined.items()},
-                },
-                files=[picture],
-                artifact_path="pictures",
-            )
-        assert winner.objective is not None
-        return promote(
-            run_id,
-            tracker.tracking_uri,
-            decision=Decision(
-                validation_objective=winner.objective,
-                num_trials=num_trials,
-                test_metrics=scored.metrics,
-                train_masks=int(winner.metrics.get("masks_used", 0)),
-                train_weak_labels=int(winner.metrics.get("weak_labels_used", 0)),
-                validation_labels=info.counts["validation"].defective,
-                validation_masks=info.counts["validation"].masks,
-                extra={"test_split_scored_times": str(times), "objective_metric": self.settings.objective.metric},
-            ),
+            features=features,
         )
 
     def log_leaderboard(
@@ -455,39 +440,10 @@ class _Run:
             table.write_text(leaderboard.markdown())
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
-                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
-
-
-def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) -> ChampionScore:
-    """Score a winner on the test split; runs where a trial would."""
-    from ssn.bundle import find_backbone
-    from ssn.evaluation import evaluate_samples
-    from ssn.predictor import Predictor
-    from ssn.visualize import case_figure
-    from tuning.objective import use_threads
-
-    use_threads(cpus)
-    predictor = Predictor.from_checkpoint(model, find_backbone(model), device=device)
-    evaluation = evaluate_samples(predictor, test.stream(), keep_images=True)
-    with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-        picture = Path(scratch, "cases.png")
-        case_figure(evaluation.cases(), picture, title=f"{test.info.dataset}: {test.info.category}, test split")
-        return ChampionScore(
-            metrics=evaluation.metrics.values,
-            undefined=evaluation.metrics.undefined,
-            num_images=len(evaluation.ids),
-            num_defective=int(evaluation.labels.sum()),
-            picture=picture.read_bytes(),
-        )
-
-
-def _outcome(action: Callable[..., T], *args: Any) -> T | str:
-    """What ``action`` returns, or why it could not, as one line."""
-    try:
-        return action(*args)
-    except SSNError as error:
-        # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
-        return str(getattr(error, "cause", error))
+                decision = Path(scratch, result.category, "decision.json")
+                decision.parent.mkdir()
+                decision.write_text(json.dumps(describe_decision(result, self.settings), indent=2) + "\n")
+                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table, decision])
 
 
 def load_weights_digest(model: ModelConfig) -> str:
@@ -498,7 +454,7 @@ def load_weights_digest(model: ModelConfig) -> str:
 
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
-    notes = list(notes)
+    notes = [*notes, *(notice for result in results for notice in result.notices())]
     if run.settings.objective.cost_per_mask == 0 and any(d.info.counts["pool"].masks for d in run.data.values()):
         notes.append("labels were free in this search (objective.cost_per_mask is 0)")
     return Leaderboard(
