@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ssn.data.reader import SearchData, open_test_data
 from ssn.errors import SSNError
-from tuning.finalists import RULE, Finals, Selection
+from tuning.finalists import Selection
 from tuning.incumbent import (
     UNOPPOSED,
     Incumbent,
@@ -29,7 +29,7 @@ from tuning.incumbent import (
     yardstick,
 )
 from tuning.settings import SweepSettings
-from tuning.sweep_result import CategoryResult, ChampionScore, mean_scores
+from tuning.sweep_result import CategoryResult, ChampionScore, describe_search, mean_scores
 from tuning.tracking.protocol import count_scores
 from tuning.train_worker import Placement
 
@@ -73,35 +73,41 @@ class Crowning:
     tracker: Any
     console: Console
 
-    def crown(self, trials: Mapping[str, Sequence[TrialRecord]], finals: Finals) -> list[CategoryResult]:
+    def crown(
+        self,
+        trials: Mapping[str, Sequence[TrialRecord]],
+        finalists: Mapping[str, Sequence[TrialRecord]],
+        select: Callable[[str], Selection],
+    ) -> list[CategoryResult]:
         """Do it for every category; several are scored at once.
 
         What goes wrong with one category does not cost the others their champions: its result says what.
 
         Args:
             trials: Of the search, by category.
-            finals: What became of the finalists.
+            finalists: Further runs, by category.
+            select: Chooses a category's winner.
         """
         runs = {
             (r.category, r.tags["trial_identity"]): r.run_id
             for r in self.tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
             if r.parent_run_id is not None
         }
-        candidates = {name: _outcome(self._nominate, name, trials[name], finals, runs) for name in self.data}
+        candidates = {name: _outcome(self._nominate, name, select, runs) for name in self.data}
         judged = {name: _outcome(self._judge, name, candidate) for name, candidate in candidates.items()}
         scoring = {name: _outcome(self._start_scoring, name, candidates[name], judged[name]) for name in self.data}
         return [
-            self._conclude(name, trials[name], finals, candidates[name], judged[name], scoring[name])
+            self._conclude(name, trials[name], finalists.get(name, ()), candidates[name], judged[name], scoring[name])
             for name in self.data
         ]
 
     def _nominate(
-        self, name: str, trials: Sequence[TrialRecord], finals: Finals, runs: Mapping[tuple[str, str], str]
+        self, name: str, select: Callable[[str], Selection], runs: Mapping[tuple[str, str], str]
     ) -> _Candidate:
         """Choose a category's winner and, where the registered champion must be scored again, start that."""
         from tuning.champions import find_incumbent, load_trial_model
 
-        selection = finals.select(name, trials)
+        selection = select(name)
         winner = selection.winner
         run_ids = tuple(runs[name, run.trial_key] for run in winner.runs)
         run_id = runs[name, winner.median_run.trial_key]
@@ -169,7 +175,7 @@ class Crowning:
         self,
         name: str,
         trials: Sequence[TrialRecord],
-        finals: Finals,
+        finalists: Sequence[TrialRecord],
         candidate: _Candidate | str,
         verdict: Verdict | str,
         scoring: list[ray.ObjectRef] | str,
@@ -179,7 +185,7 @@ class Crowning:
         from tuning.champions import ChampionVersion, tag_version
 
         def result(**found: Any) -> CategoryResult:
-            return CategoryResult(category=name, trials=trials, finalists=finals.records.get(name, ()), **found)
+            return CategoryResult(category=name, trials=trials, finalists=finalists, **found)
 
         if isinstance(candidate, str) or isinstance(verdict, str):
             return result(failure=candidate if isinstance(candidate, str) else verdict)
@@ -234,11 +240,12 @@ class Crowning:
                 validation_masks=info.counts["validation"].masks,
                 extra={
                     **self._yardstick(),
+                    "searched": describe_search(self.settings),
                     **stds,
                     **({} if winner.std is None else {"validation_objective_std": f"{winner.std:.6g}"}),
                     "seeds": str(len(winner.runs)),
                     "finalists": "; ".join(finalist.describe() for finalist in candidate.selection.finalists),
-                    "decision_rule": RULE,
+                    "decision_rule": candidate.selection.rule,
                     "decision_against": verdict.reason or "no registered champion",
                     "test_split_scored_times": str(times),
                 },

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuning.settings import FinalistSettings
-from tuning.winner import TrialRecord, rank_key, rank_trials, select_winner
+from tuning.winner import TrialRecord, rank_key, select_winner
 
 SEED_KEYS = ("train.train_seed", "train.label_seed")
 
@@ -54,10 +54,6 @@ class Finals:
 
     planned: Mapping[str, Sequence[FinalistRun]] = field(default_factory=dict)
     records: Mapping[str, Sequence[TrialRecord]] = field(default_factory=dict)
-
-    def select(self, category: str, trials: Sequence[TrialRecord]) -> Selection:
-        """See :func:`select_finalist`."""
-        return select_finalist(trials, self.planned.get(category, ()), self.records.get(category, ()))
 
 
 @dataclass(frozen=True)
@@ -117,11 +113,12 @@ class Selection:
     finalists: tuple[Finalist, ...]
     """All, the winner first, those that are out last."""
     notices: tuple[str, ...] = ()
+    rule: str = RULE
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: every finalist with its numbers, and the rule."""
         return {
-            "rule": RULE,
+            "rule": self.rule,
             "winner_trial": self.winner.trial.index,
             "finalists": [
                 {
@@ -141,19 +138,20 @@ class Selection:
 
 
 def plan_finalists(
-    trials: Sequence[TrialRecord], settings: FinalistSettings, identity: Callable[[Mapping[str, Any]], str]
+    ranked: Sequence[TrialRecord], settings: FinalistSettings, identity: Callable[[Mapping[str, Any]], str]
 ) -> list[FinalistRun]:
     """The runs that one category's finalists still lack; none where the search's best is to win as it is.
 
     Args:
-        trials: Of the category's search.
+        ranked: The category's complete trials, best first.
         settings: How many finalists, and how many seeds.
         identity: Of the trial that trains with a flat configuration.
     """
     if settings.count == 1:
         return []
     planned: list[FinalistRun] = []
-    for trial in rank_trials(trials)[: settings.count]:
+    # of a shared search, two of them may be one and the same run
+    for trial in {trial.index: trial for trial in ranked[: settings.count]}.values():
         for repetition in range(1, settings.seeds):
             config = {**trial.config, **{key: trial.config[key] + repetition for key in SEED_KEYS}}
             planned.append(
@@ -190,7 +188,7 @@ def select_finalist(
     by_index = {record.index: record for record in records}
     own = {trial.index: trial for trial in trials}
     finalists = [
-        _gather(own[index], [run for run in planned if run.trial_index == index], by_index)
+        gather_finalist(own[index], [run for run in planned if run.trial_index == index], by_index)
         for index in dict.fromkeys(run.trial_index for run in planned)
     ]
     category = trials[0].category
@@ -213,7 +211,7 @@ def select_finalist(
     return Selection(ranked[0], (*ranked, *out), tuple(notices))
 
 
-def _gather(trial: TrialRecord, planned: Sequence[FinalistRun], records: Mapping[int, TrialRecord]) -> Finalist:
+def gather_finalist(trial: TrialRecord, planned: Sequence[FinalistRun], records: Mapping[int, TrialRecord]) -> Finalist:
     """A finalist from the search's run and the others."""
     runs, failures = [trial], []
     for run in planned:

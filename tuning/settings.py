@@ -21,6 +21,9 @@ class SearchSettings:
 
     trials: int = 16
     """Trials per category; the first is the configuration as it stands."""
+    shared: bool = False
+    """Whether one configuration is searched for all categories, by its mean objective; ``trials`` is then how many
+    configurations are tried."""
     noise_sigma: tuple[float, float] | None = (1e-3, 0.3)
     """Bounds of ``synthesis.noise_sigma``, on a log scale; None: not searched."""
     perlin_threshold: tuple[float, float] | None = (0.0, 0.7)

@@ -24,13 +24,21 @@ from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
-from tuning.sweep_result import CategoryResult, SweepResult, describe_decision, leaderboard_row, parent_summary
+from tuning.sweep_result import (
+    CategoryResult,
+    SweepResult,
+    describe_decision,
+    describe_search,
+    leaderboard_row,
+    parent_summary,
+)
 from tuning.train_worker import Placement, weights_key
 from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
 
@@ -41,9 +49,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tuning.benchmark_plan import BenchmarkSettings
-    from tuning.finalists import Finals
+    from tuning.finalists import Finals, Selection
     from tuning.progress import ProgressCallback
     from tuning.search import MultiplexSearcher
+    from tuning.shared import SharedSearcher
+    from tuning.shared_report import SharedComparison
     from tuning.tracking.protocol import Sweep
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
@@ -119,7 +129,7 @@ def sweep(
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
-        leaderboard, results = run.execute(searcher, notices, tracker, console)
+        leaderboard, results, comparison = run.execute(searcher, notices, tracker, console)
     failures = [
         result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
         for result in results
@@ -129,7 +139,7 @@ def sweep(
         raise SSNError(failures[0])
     for failure in failures:
         console.print(f"warning: {failure}", highlight=False, markup=False)
-    return SweepResult(leaderboard, results, time.monotonic() - started_s)
+    return SweepResult(leaderboard, results, time.monotonic() - started_s, comparison)
 
 
 def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | None) -> dict[str, SearchData]:
@@ -246,9 +256,11 @@ class _Run:
         search = self.settings.search
         return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
 
-    def searcher(self) -> tuple[MultiplexSearcher, list[str]]:
+    def searcher(self) -> tuple[MultiplexSearcher | SharedSearcher, list[str]]:
         from tuning.search import CategorySearch, MultiplexSearcher
 
+        if self.settings.search.shared:
+            return self.shared_searcher()
         base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
         searches = []
         for name, data in self.data.items():
@@ -279,9 +291,36 @@ class _Run:
         )
         return searcher, notices
 
+    def shared_searcher(self) -> tuple[SharedSearcher, list[str]]:
+        """Of one configuration for all categories."""
+        from tuning.search import CategorySearch
+        from tuning.shared import make_shared_searcher
+
+        base, search = flatten(self.settings.config().resolved()), self.settings.search
+        categories = [
+            CategorySearch(
+                category=name,
+                base=base,
+                space={},
+                search_fingerprint=data.info.search_fingerprint,
+                weights_digest=self.weights_digest,
+                split_seed=data.info.split_seed,
+            )
+            for name, data in self.data.items()
+        ]
+        return make_shared_searcher(
+            categories,
+            self.settings.space(),
+            pools={name: data.info.counts["pool"] for name, data in self.data.items()},
+            sweep_id=self.sweep_id,
+            num_configurations=search.trials,
+            search_seed=search.seed,
+            eta=search.eta,
+        )
+
     def execute(
-        self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
-    ) -> tuple[Leaderboard, list[CategoryResult]]:
+        self, searcher: MultiplexSearcher | SharedSearcher, notices: Sequence[str], tracker: Any, console: Console
+    ) -> tuple[Leaderboard, list[CategoryResult], SharedComparison | None]:
         """Search, crown and report; however it ends, no run is left open."""
         from tuning.crown import Crowning
 
@@ -304,9 +343,14 @@ class _Run:
                 tracker=tracker,
                 console=console,
             )
-            results = crowning.crown({name: searcher.records(name) for name in self.data}, finals)
+            results = crowning.crown(
+                {name: searcher.records(name) for name in self.data},
+                finals.records,
+                functools.partial(self.select, searcher, finals),
+            )
             leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
-            self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+            comparison = self.compare(tracker, results)
+            self.log_leaderboard(tracker, leaderboard, results, comparison)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -318,7 +362,7 @@ class _Run:
             raise
         finally:
             tracker.finish_sweep(sweep_tags, status)
-        return leaderboard, results
+        return leaderboard, results, comparison
 
     def tracked(self, tracker: Any) -> Sweep:
         from tuning.tracking import Sweep
@@ -344,13 +388,25 @@ class _Run:
         return described
 
     def search(
-        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, features: SharedFeatures
-    ) -> MultiplexSearcher:
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> MultiplexSearcher | SharedSearcher:
         """Run Tune to the end, or until it is interrupted."""
+        from ray.tune.schedulers import FIFOScheduler
+
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
         from tuning.search import searcher_of
+        from tuning.shared import SharedSearcher
 
+        if isinstance(searcher, SharedSearcher):
+            # whole trials count, and configurations are dropped between them
+            progress = ProgressCallback(searcher)
+            self.tune(searcher, FIFOScheduler(), progress, tracker, sweep_tags, features, name=self.sweep_id)
+            return searcher
         scheduler = MultiplexScheduler(
             max_epochs=self.settings.train.epochs,
             grace=self.settings.grace_epochs(),
@@ -361,7 +417,11 @@ class _Run:
         return searcher_of(self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id))
 
     def try_finalists(
-        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, features: SharedFeatures
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
     ) -> Finals:
         """Train each category's best trials with more seeds; nothing is pruned.
 
@@ -373,17 +433,23 @@ class _Run:
         from tuning.finalists import FinalistRun, Finals, plan_finalists
         from tuning.fixed_runs import FixedRuns
         from tuning.progress import ProgressCallback
+        from tuning.shared import SharedSearcher, plan_shared_finalists
         from tuning.tracking.protocol import FINALIST_STAGE
+        from tuning.winner import rank_trials
 
-        planned = {
-            name: plan_finalists(
-                searcher.records(name), self.settings.finalists, functools.partial(searcher.identity, name)
-            )
-            for name in self.data
-        }
+        finalists = self.settings.finalists
+        if isinstance(searcher, SharedSearcher):
+            planned = plan_shared_finalists(searcher, finalists)
+        else:
+            planned = {
+                name: plan_finalists(
+                    rank_trials(searcher.records(name)), finalists, functools.partial(searcher.identity, name)
+                )
+                for name in self.data
+            }
         todo = [run for runs in planned.values() for run in runs]
         if not todo:
-            return Finals()
+            return Finals(planned)
         runs = FixedRuns(todo, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
         progress = ProgressCallback(runs, ranked=False)
         name = f"{self.sweep_id}-finalists"
@@ -391,6 +457,15 @@ class _Run:
         if not runs.done:
             raise KeyboardInterrupt
         return Finals(planned, {name: runs.records(name) for name in self.data})
+
+    def select(self, searcher: MultiplexSearcher | SharedSearcher, finals: Finals, name: str) -> Selection:
+        """A category's winner, or its run of the configuration that wins for all."""
+        from tuning.finalists import select_finalist
+        from tuning.shared import SharedSearcher, select_shared
+
+        if isinstance(searcher, SharedSearcher):
+            return select_shared(searcher, self.settings.finalists, finals.planned, finals.records)[name]
+        return select_finalist(searcher.records(name), finals.planned[name], finals.records.get(name, ()))
 
     def tune(
         self,
@@ -426,8 +501,26 @@ class _Run:
             features=features,
         )
 
+    def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:
+        """A shared search's models with those that were tuned by category; None for any other search."""
+        from tuning.shared_report import compare_with_tuned
+
+        if not self.settings.search.shared:
+            return None
+        return compare_with_tuned(
+            results,
+            tracker.find_runs(self.dataset),
+            dataset=self.dataset,
+            fingerprints={name: data.info.search_fingerprint for name, data in self.data.items()},
+            judged_by=yardstick(self.settings.objective, self.settings.eval),
+        )
+
     def log_leaderboard(
-        self, tracker: Any, sweep_tags: Sweep, leaderboard: Leaderboard, results: Sequence[CategoryResult]
+        self,
+        tracker: Any,
+        leaderboard: Leaderboard,
+        results: Sequence[CategoryResult],
+        comparison: SharedComparison | None,
     ) -> None:
         """Summarise each category in its parent run, and keep the whole table there."""
         parents = {
@@ -435,15 +528,24 @@ class _Run:
             for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
             if r.parent_run_id is None
         }
+        judged_by = yardstick(self.settings.objective, self.settings.eval)
         with tempfile.TemporaryDirectory(prefix="leaderboard-") as scratch:
-            table = Path(scratch, "leaderboard.md")
-            table.write_text(leaderboard.markdown())
+            tables = {"leaderboard.md": leaderboard.markdown()}
+            if comparison is not None:
+                tables["comparison.md"] = comparison.markdown()
+            for name, text in tables.items():
+                Path(scratch, name).write_text(text)
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
                 decision = Path(scratch, result.category, "decision.json")
                 decision.parent.mkdir()
                 decision.write_text(json.dumps(describe_decision(result, self.settings), indent=2) + "\n")
-                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table, decision])
+                tracker.log_summary(
+                    parents[result.category],
+                    metrics=metrics,
+                    tags={**judged_by, "searched": describe_search(self.settings), **tags},
+                    files=[*(Path(scratch, name) for name in tables), decision],
+                )
 
 
 def load_weights_digest(model: ModelConfig) -> str:

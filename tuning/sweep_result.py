@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tuning.finalists import Selection
     from tuning.incumbent import Verdict
     from tuning.settings import SweepSettings
+    from tuning.shared_report import SharedComparison
     from tuning.winner import TrialRecord
 
 
@@ -90,12 +91,15 @@ class SweepResult:
     leaderboard: Leaderboard
     categories: Sequence[CategoryResult]
     duration_s: float
+    comparison: SharedComparison | None = None
+    """Of a shared search with what tuning by category found."""
 
     def to_dict(self) -> dict[str, Any]:
         """Per category the champion's parameters, validation and test metrics, trial counts and durations."""
         return {
             **{k: v for k, v in self.leaderboard.as_dict().items() if k != "rows"},
             "duration_s": self.duration_s,
+            **({} if self.comparison is None else {"comparison": self.comparison.as_dict()}),
             "categories": {result.category: _category_dict(result) for result in self.categories},
         }
 
@@ -134,6 +138,15 @@ def leaderboard_row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
         duration_s=sum(t.duration_s for t in (*result.trials, *result.finalists)),
         champion=f"{result.champion.name}/{result.champion.version}" if result.champion else None,
     )
+
+
+SHARED = "one configuration for all categories"
+"""What a shared search's runs and champions say they were searched as."""
+
+
+def describe_search(settings: SweepSettings) -> str:
+    """Whether each category was searched by itself, as a tag."""
+    return SHARED if settings.search.shared else "each category by itself"
 
 
 def describe_decision(result: CategoryResult, settings: SweepSettings) -> dict[str, Any]:

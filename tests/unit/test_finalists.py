@@ -14,7 +14,7 @@ from tuning.finalists import Finalist, FinalistRun, plan_finalists, select_final
 from tuning.fixed_runs import FixedRuns
 from tuning.settings import FinalistSettings
 from tuning.tracking.protocol import FINALIST_STAGE
-from tuning.winner import TrialRecord
+from tuning.winner import TrialRecord, rank_trials
 
 EPOCHS = 3
 BASE = flatten(Config()) | {"train.epochs": EPOCHS, "train.train_seed": 5}
@@ -39,7 +39,7 @@ def trial(index: int, objective: float | None, state: str = "complete", **metric
 
 def plan(trials: list[TrialRecord], count: int = 3, seeds: int = 3) -> list[FinalistRun]:
     return plan_finalists(
-        trials,
+        rank_trials(trials),
         FinalistSettings(count=count, seeds=seeds),
         lambda config: f"{config['synthesis.noise_sigma']:.2f}/{config['train.train_seed']}",
     )
