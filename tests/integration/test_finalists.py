@@ -1,4 +1,4 @@
-"""A sweep with finalists, and another after images were added: seeds, spread, decision and incumbent, on Ray."""
+"""A sweep with finalists, another after images were added, and a shared one: how champions are chosen, on Ray."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ settings = SweepSettings(
 )
 
 
-def run(settings):
+def run(settings, categories=("widget",)):
     result = sweep(
-        settings, dataset="tiny", data_uri=data_uri, categories=["widget"], tracking_uri=tracking_uri,
+        settings, dataset="tiny", data_uri=data_uri, categories=categories, tracking_uri=tracking_uri,
         out=folder / "runs",
     )
     return {**result.to_dict(), **{k: v for k, v in result.leaderboard.as_dict().items() if k == "rows"}}
@@ -66,7 +66,9 @@ ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level
 said = {"first": run(settings)}
 add_images(folder / "raw")
 ingest(Manifest(name="tiny", layout="mvtec"), folder / "raw", data_uri)
-said["grown"] = run(replace(settings, finalists=FinalistSettings(count=1)))
+one = replace(settings, finalists=FinalistSettings(count=1))
+said["grown"] = run(one)
+said["shared"] = run(replace(one, search=replace(one.search, shared=True)), ("widget", "gadget"))
 (folder / "said.json").write_text(json.dumps(said))
 """
 
@@ -97,6 +99,7 @@ class Outcome:
 def outcome(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("finalists")
     write_mvtec(folder / "raw", "widget")
+    write_mvtec(folder / "raw", "gadget", first_seed=1000)
     ingest(Manifest(name="tiny", layout="mvtec"), folder / "raw", str(folder / "shards"))
     fingerprint = open_search_data(str(folder / "shards"), "tiny", "widget").info.search_fingerprint
     (folder / "config.json").write_text(json.dumps(flatten(tiny_config)))
@@ -196,3 +199,50 @@ def test_incumbent_is_scored_again_when_images_were_added(outcome: Outcome) -> N
     assert (found["test"] is not None) == verdict["promoted"]
     first = outcome.tracker.client.get_model_version("tiny.widget", "1")
     assert ("kept_by_sweep" in first.tags) == (not verdict["promoted"])
+
+
+def test_shared_search_tries_the_same_settings_on_every_category(outcome: Outcome) -> None:
+    told = outcome.said["shared"]
+    assert sorted(told["categories"]) == ["gadget", "widget"]
+    runs = [r for r in outcome.runs("shared") if r.parent_run_id is not None]
+    by_configuration: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        by_configuration.setdefault(run.tags["configuration"], []).append(run)
+    assert len(by_configuration) == 2
+    for same in by_configuration.values():
+        assert {r.trial_state for r in same} == {"COMPLETE"}, "nothing is pruned within a trial"
+        for key in ("synthesis.noise_sigma", "synthesis.perlin_threshold", "train.train_seed"):
+            assert len({r.params[key] for r in same}) == 1
+    # the first is trained on both, the second on gadget only if it is not behind on widget
+    first, second = by_configuration["0"], by_configuration["1"]
+    assert sorted(r.category for r in first) == ["gadget", "widget"]
+    on_widget = [next(r for r in same if r.category == "widget") for same in (first, second)]
+    behind = on_widget[1].metrics["objective"] < on_widget[0].metrics["objective"]
+    assert sorted(r.category for r in second) == (["widget"] if behind else ["gadget", "widget"])
+
+
+def test_shared_winner_is_one_configuration_and_bows_to_better_champions(outcome: Outcome) -> None:
+    told = outcome.said["shared"]
+    gadget, widget = told["categories"]["gadget"], told["categories"]["widget"]
+    assert gadget["params"]["synthesis.noise_sigma"] == widget["params"]["synthesis.noise_sigma"]
+    assert gadget["registered_champion"]["way"] == "unopposed"
+    assert (gadget["champion"]["name"], str(gadget["champion"]["version"])) == ("tiny.gadget", "1")
+    assert outcome.tracker.client.get_model_version("tiny.gadget", "1").tags["searched"].startswith("one configuration")
+    verdict = widget["registered_champion"]
+    assert verdict["way"] in ("recorded", "rescored")
+    assert verdict["promoted"] == (verdict["candidate_objective"] > verdict["incumbent_objective"])
+
+
+def test_shared_search_is_reported_against_tuning_by_category(outcome: Outcome) -> None:
+    told = outcome.said["shared"]
+    verdict = told["categories"]["widget"]["registered_champion"]
+    rows = {row["category"]: row for row in told["comparison"]["rows"]}
+    assert rows["widget"]["tuned"] == verdict["incumbent_objective"]
+    assert rows["widget"]["source"] == verdict["incumbent"]
+    assert rows["widget"]["difference"] == pytest.approx(
+        verdict["incumbent_objective"] - verdict["candidate_objective"]
+    )
+    assert (rows["gadget"]["tuned"], rows["gadget"]["difference"]) == (None, None)
+    assert told["comparison"]["mean_difference"] == rows["widget"]["difference"]
+    parents = [r for r in outcome.runs("shared") if r.parent_run_id is None]
+    assert all("comparison.md" in outcome.tracker.list_artifacts(r.run_id, "") for r in parents)
