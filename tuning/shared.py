@@ -21,15 +21,13 @@ from ray.tune.search import Searcher
 
 from ssn.config import digest, flatten, unflatten
 from ssn.data.reader import SplitCount
-from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.benchmark_plan import canonical
 from tuning.finalists import RULE, Finalist, FinalistRun, Selection, gather_finalist, plan_finalists
 from tuning.fixed_runs import UnprunedSearcher
-from tuning.scheduler import rung_epochs
+from tuning.rungs import rung_epochs
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.settings import FinalistSettings
-from tuning.space import RATIO_KEY, AttainableRatio, FloatRange, SearchSpace, resolve_space
 from tuning.winner import TrialRecord, rank_key
 
 ALL = "all categories"
@@ -60,6 +58,8 @@ class Configuration:
     index: int
     config: Mapping[str, Any]
     """Flat, as suggested."""
+    params: Mapping[str, Any]
+    """The searched part of it."""
     records: dict[str, TrialRecord] = field(default_factory=dict)
     """By category, as they are started. One with the same settings for a category shares the earlier one's record."""
     num_told: int = 0
@@ -161,7 +161,7 @@ class SharedSearcher(UnprunedSearcher):
                 number=chosen.index,
                 max_epochs=int(config["train.epochs"]),
                 config=config,
-                params={name: config[name] for name in self._searches[category].space},
+                params={name: config[name] for name in chosen.params},
             )
             self._records[trial_id] = chosen.records[category] = self._by_identity[category, key] = record
             return {
@@ -169,7 +169,7 @@ class SharedSearcher(UnprunedSearcher):
                 "category": category,
                 "index": chosen.index,
                 "config": dict(config),
-                "tags": {"configuration": str(chosen.index)},
+                "tags": {"configuration": str(chosen.index), **self._searches[category].tags(config)},
             }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -191,9 +191,9 @@ class SharedSearcher(UnprunedSearcher):
         suggested = self._study.suggest(name)
         if not isinstance(suggested, dict):
             return None
-        # its steps are categories
-        self._study.records(ALL)[-1].max_epochs = len(self.categories)
-        configuration = Configuration(name, suggested["index"], suggested["config"])
+        asked = self._study.records(ALL)[-1]
+        asked.max_epochs = len(self.categories)  # its steps are categories
+        configuration = Configuration(name, asked.index, asked.config, asked.params)
         self.configurations.append(configuration)
         return configuration
 
@@ -228,66 +228,31 @@ class SharedSearcher(UnprunedSearcher):
 
 def make_shared_searcher(
     categories: Sequence[CategorySearch],
-    space: SearchSpace,
     *,
     pools: Mapping[str, SplitCount],
     sweep_id: str,
     num_configurations: int,
     search_seed: int,
     eta: int,
-) -> tuple[SharedSearcher, list[str]]:
+) -> SharedSearcher:
     """The searcher of a shared search.
 
     Args:
-        categories: All with the same base configuration; their own spaces are not used.
-        space: What is searched, the same for all categories.
+        categories: All with the base configuration and the space of :func:`tuning.feature_groups.shared_space`.
         pools: Counts of each category's labelled pool.
         sweep_id: Names the study.
         num_configurations: Budget, the base configuration included.
         search_seed: Of the sampler.
         eta: See :class:`SharedSearcher`.
-
-    Returns:
-        The searcher, and notices for the user.
-
-    Raises:
-        SSNError: there is but one category, or the base configuration lies outside of the space.
     """
-    if len(categories) < 2:
-        raise SSNError(
-            f"a shared search needs several categories, but there is only {categories[0].category}; leave --shared out"
-        )
-    notices = []
-    ratio = space.get(RATIO_KEY)
-    if isinstance(ratio, AttainableRatio) and ratio.low < ratio.high:
-        space = {**space, RATIO_KEY: FloatRange(ratio.low, ratio.high)}
-        notices.append(f"one {RATIO_KEY} is searched for all categories; each takes the nearest that its masks allow")
-    if categories[0].base[RATIO_KEY] > 0 or RATIO_KEY in space:
-        notices += [
-            f"{name}: the pool has no masks, so {RATIO_KEY} is taken as 0" for name in pools if not pools[name].masks
-        ]
-    axes, found = resolve_space(
-        space,
-        category=ALL,
-        base=categories[0].base,
-        attainable=attainable_ratios(max(pool.masks for pool in pools.values())),
-        num_defective=max(pool.defective for pool in pools.values()),
-    )
+    fingerprints = digest([search.search_fingerprint for search in categories])
     study = MultiplexSearcher(
-        [
-            replace(
-                categories[0],
-                category=ALL,
-                space=axes,
-                search_fingerprint=digest([search.search_fingerprint for search in categories]),
-            )
-        ],
+        [replace(categories[0], category=ALL, search_fingerprint=fingerprints)],
         sweep_id=sweep_id,
         trials_per_category=num_configurations,
         search_seed=search_seed,
     )
-    own = [replace(search, space=axes) for search in categories]
-    return SharedSearcher(study, own, pools=pools, eta=eta), [*notices, *found]
+    return SharedSearcher(study, categories, pools=pools, eta=eta)
 
 
 def plan_shared_finalists(searcher: SharedSearcher, settings: FinalistSettings) -> dict[str, list[FinalistRun]]:

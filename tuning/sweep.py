@@ -19,18 +19,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssn.config import ModelConfig, flatten
+from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
-from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.feature_groups import category_space, models_of, shared_space
 from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard
-from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
-from tuning.space import resolve_space
+from tuning.space import CategorySpace
 from tuning.sweep_result import (
     CategoryResult,
     SweepResult,
@@ -39,8 +38,9 @@ from tuning.sweep_result import (
     leaderboard_row,
     parent_summary,
 )
-from tuning.train_worker import Placement, weights_key
+from tuning.train_worker import Placement
 from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
+from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
@@ -105,6 +105,12 @@ def sweep(
     for search_data in data.values():
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
+    check_overrides(settings, data_uri, dataset)
+    infos = {name: search_data.info for name, search_data in data.items()}
+    if settings.search.shared:
+        spaces = dict.fromkeys(infos, shared_space(settings, infos))
+    else:
+        spaces = {name: category_space(settings, info) for name, info in infos.items()}
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
     tracker = MLflowTracker(tracking_uri)
@@ -112,20 +118,22 @@ def sweep(
 
     connect_ray()
     placement = place(settings)
-    # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
-    weights_digest = load_weights_digest(settings.model)
+    # digests are part of trials' identities; a hub that cannot be reached is found out before a trial starts
+    weights_digests = load_weights_digests(model for space in spaces.values() for model in models_of(space))
     run = _Run(
         settings=settings,
         dataset=dataset,
         data_uri=data_uri,
         data=data,
-        weights_digest=weights_digest,
+        spaces=spaces,
+        weights_digests=weights_digests,
         placement=placement,
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher, notices = run.searcher()
+    searcher = run.searcher()
+    notices = list(dict.fromkeys(notice for space in spaces.values() for notice in space.notices))
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
@@ -154,11 +162,25 @@ def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | Non
             f"no category of {dataset} at {data_uri}; ingest it first (ssn ingest {dataset} --out {data_uri})"
         )
     for name in categories or ():
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"
-            raise SSNError(f"{dataset} at {data_uri} has no category {name!r}{hint}")
+        _check_category(name, there, f"{dataset} at {data_uri} has no category {name!r}")
     return {name: open_search_data(data_uri, dataset, name) for name in dict.fromkeys(categories or there)}
+
+
+def check_overrides(settings: SweepSettings, data_uri: str, dataset: str) -> None:
+    """Refuse a search space of its own for a category that is not there.
+
+    Raises:
+        SSNError: naming the nearest one that is.
+    """
+    there = list_categories(data_uri, dataset)
+    for name in settings.search.categories:
+        _check_category(name, there, f"search.categories.{name}: {dataset} at {data_uri} has no such category")
+
+
+def _check_category(name: str, there: Sequence[str], problem: str) -> None:
+    if name not in there:
+        near = difflib.get_close_matches(name, there, n=1)
+        raise SSNError(problem + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"))
 
 
 def check_lasting(out: Path | str, tracking_uri: str) -> None:
@@ -246,76 +268,45 @@ class _Run:
     dataset: str
     data_uri: str
     data: Mapping[str, SearchData]
-    weights_digest: str
+    spaces: Mapping[str, CategorySpace]
+    weights_digests: Mapping[str, str]
     placement: Placement
     out: Path | str
     sweep_id: str
 
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        search = self.settings.search
-        return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
-
-    def searcher(self) -> tuple[MultiplexSearcher | SharedSearcher, list[str]]:
+    def searcher(self) -> MultiplexSearcher | SharedSearcher:
         from tuning.search import CategorySearch, MultiplexSearcher
 
-        if self.settings.search.shared:
-            return self.shared_searcher()
-        base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
-        searches = []
-        for name, data in self.data.items():
-            pool = data.info.counts["pool"]
-            axes, found = resolve_space(
-                space,
-                category=name,
-                base=base,
-                attainable=attainable_ratios(pool.masks),
-                num_defective=pool.defective,
-            )
-            notices += found
-            searches.append(
-                CategorySearch(
-                    category=name,
-                    base=base,
-                    space=axes,
-                    search_fingerprint=data.info.search_fingerprint,
-                    weights_digest=self.weights_digest,
-                    split_seed=data.info.split_seed,
-                )
-            )
-        searcher = MultiplexSearcher(
-            searches,
-            sweep_id=self.sweep_id,
-            trials_per_category=self.settings.search.trials,
-            search_seed=self.settings.search.seed,
-        )
-        return searcher, notices
-
-    def shared_searcher(self) -> tuple[SharedSearcher, list[str]]:
-        """Of one configuration for all categories."""
-        from tuning.search import CategorySearch
-        from tuning.shared import make_shared_searcher
-
-        base, search = flatten(self.settings.config().resolved()), self.settings.search
+        search = self.settings.search
         categories = [
             CategorySearch(
                 category=name,
-                base=base,
-                space={},
+                base=self.spaces[name].base,
+                space=self.spaces[name].axes,
                 search_fingerprint=data.info.search_fingerprint,
-                weights_digest=self.weights_digest,
+                weights_digests={
+                    key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
+                },
                 split_seed=data.info.split_seed,
             )
             for name, data in self.data.items()
         ]
-        return make_shared_searcher(
+        if search.shared:
+            from tuning.shared import make_shared_searcher
+
+            return make_shared_searcher(
+                categories,
+                pools={name: data.info.counts["pool"] for name, data in self.data.items()},
+                sweep_id=self.sweep_id,
+                num_configurations=search.trials,
+                search_seed=search.seed,
+                eta=search.eta,
+            )
+        return MultiplexSearcher(
             categories,
-            self.settings.space(),
-            pools={name: data.info.counts["pool"] for name, data in self.data.items()},
             sweep_id=self.sweep_id,
-            num_configurations=search.trials,
+            trials_per_category=search.trials,
             search_seed=search.seed,
-            eta=search.eta,
         )
 
     def execute(
@@ -376,8 +367,8 @@ class _Run:
                     "search_fingerprint": data.info.search_fingerprint,
                     "test_fingerprint": data.info.test_fingerprint,
                     "split_seed": str(data.info.split_seed),
-                    "backbone": self.settings.model.backbone,
-                    "backbone_digest": self.weights_digest,
+                    "backbone": self.spaces[name].base["model.backbone"],
+                    "backbone_digest": self.weights_digests[weights_key(unflatten(self.spaces[name].base).model)],
                     "data_uri": self.data_uri,
                 }
                 for name, data in self.data.items()
@@ -407,12 +398,7 @@ class _Run:
             progress = ProgressCallback(searcher)
             self.tune(searcher, FIFOScheduler(), progress, tracker, sweep_tags, features, name=self.sweep_id)
             return searcher
-        scheduler = MultiplexScheduler(
-            max_epochs=self.settings.train.epochs,
-            grace=self.settings.grace_epochs(),
-            eta=self.settings.search.eta,
-            history=searcher,
-        )
+        scheduler = MultiplexScheduler(self.settings.rungs(), history=searcher)
         progress = ProgressCallback(searcher)
         return searcher_of(self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id))
 
@@ -488,12 +474,12 @@ class _Run:
             scheduler,
             [progress, TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
             {
-                name: TrialContext(data=data, objective=self.settings.objective, rung_epochs=self.rungs)
+                name: TrialContext(data=data, objective=self.settings.objective, rungs=self.settings.rungs())
                 for name, data in self.data.items()
             },
             name=name,
             data_uri=self.data_uri,
-            weights_digests={weights_key(self.settings.model): self.weights_digest},
+            weights_digests=self.weights_digests,
             placement=self.placement,
             storage=storage,
             concurrency=self.settings.search.max_concurrent,
@@ -546,13 +532,6 @@ class _Run:
                     tags={**judged_by, "searched": describe_search(self.settings), **tags},
                     files=[*(Path(scratch, name) for name in tables), decision],
                 )
-
-
-def load_weights_digest(model: ModelConfig) -> str:
-    """Of the weights as loaded. Calibration of random ones follows from them and the data, so it adds nothing."""
-    from ssn.backbone import load_backbone
-
-    return load_backbone(model).digest
 
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from ssn.config import Config, flatten
-from ssn.data.reader import SplitCount
+from ssn.config import Config, TrainConfig, flatten
 from ssn.errors import SSNError
+from tests.made_up_benchmark import make_info
+from tuning.feature_groups import shared_space
 from tuning.finalists import Finalist, FinalistRun, Selection
 from tuning.fixed_runs import FixedRuns
 from tuning.incumbent import Incumbent, Rescored, Verdict, compare_recorded, compare_rescored, yardstick
@@ -21,6 +22,7 @@ from tuning.shared_report import SharedComparison, SharedRow, compare_with_tuned
 from tuning.sweep_result import SHARED, CategoryResult
 from tuning.tracking import MemoryTracker, Sweep
 from tuning.tracking.protocol import FINALIST_STAGE
+from tuning.weights import weights_key
 from tuning.winner import TrialRecord
 
 EPOCHS = 2
@@ -30,14 +32,23 @@ MASKS = {"bolt": 4, "nut": 2, "pin": 0, "rod": 8}
 
 
 def make(
-    trials: int = 4, masks: dict[str, int] | None = None, eta: int = 3, limit: int | None = None, **search: Any
+    trials: int = 4,
+    masks: dict[str, int] | None = None,
+    eta: int = 3,
+    limit: int | None = None,
+    space: dict[str, object] | None = None,
 ) -> SharedSearcher:
-    masks = masks or MASKS
-    settings = SweepSettings(search=SearchSettings(trials=trials, **search))
-    searcher, _ = make_shared_searcher(
-        [CategorySearch(name, BASE, {}, f"data of {name}", "weights", 0) for name in masks],
-        settings.space(),
-        pools={name: SplitCount(0, count, count) for name, count in masks.items()},
+    infos = {name: make_info(name, masks=count) for name, count in (masks or MASKS).items()}
+    search = SearchSettings(trials=trials, **({} if space is None else {"space": space}))
+    settings = SweepSettings(train=TrainConfig(epochs=EPOCHS, supervision_ratio=0.5), search=search)
+    shared = shared_space(settings, infos)
+    digests = {weights_key(settings.model): "weights"}
+    searcher = make_shared_searcher(
+        [
+            CategorySearch(name, shared.base, shared.axes, info.search_fingerprint, digests, 0)
+            for name, info in infos.items()
+        ],
+        pools={name: info.counts["pool"] for name, info in infos.items()},
         sweep_id="s1",
         num_configurations=trials,
         search_seed=0,
@@ -179,9 +190,7 @@ def test_failure_on_one_category_ends_the_configuration() -> None:
 
 def test_same_masks_are_not_trained_on_twice() -> None:
     """With the ratio alone searched, and one mask, most ratios come to the same run."""
-    searcher = make(
-        trials=6, masks={"bolt": 1, "rod": 1}, noise_sigma=None, perlin_threshold=None, supervision_ratio=(0.0, 1.0)
-    )
+    searcher = make(trials=6, masks={"bolt": 1, "rod": 1}, space={RATIO: {"low": 0.0, "high": 1.0}})
     order = run(searcher, lambda index, category: 0.5)
     assert len(order) <= 4
     assert len(searcher.configurations) == 6
@@ -203,8 +212,23 @@ def test_state_is_saved_and_taken_up(tmp_path: Path) -> None:
 
 
 def test_one_category_cannot_share() -> None:
-    with pytest.raises(SSNError, match="there is only bolt; leave --shared out"):
+    with pytest.raises(SSNError, match="there is only bolt; do without"):
         make(masks={"bolt": 4})
+
+
+def test_categories_cannot_share_and_differ() -> None:
+    search = SearchSettings(shared=True, categories={"bolt": {SIGMA: 0.1}})
+    infos = {name: make_info(name) for name in ("bolt", "nut")}
+    with pytest.raises(SSNError, match=r"but search\.categories\.bolt is given; leave one of the two out"):
+        shared_space(SweepSettings(search=search), infos)
+
+
+def test_user_is_told_of_the_ratio() -> None:
+    infos = {name: make_info(name, masks=count) for name, count in MASKS.items()}
+    assert shared_space(SweepSettings(), infos).notices == (
+        f"one {RATIO} is searched for all categories; each takes the nearest that its masks allow",
+        f"pin: the pool has no masks, so {RATIO} is taken as 0",
+    )
 
 
 # The winner.
