@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+AT_ONCE = 16
+"""Categories whose models are in the object store at the same time, waiting to be scored."""
+
 
 @dataclass(frozen=True)
 class _Candidate:
@@ -93,13 +96,19 @@ class Crowning:
             for r in self.tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
             if r.parent_run_id is not None
         }
-        candidates = {name: _outcome(self._nominate, name, select, runs) for name in self.data}
-        judged = {name: _outcome(self._judge, name, candidate) for name, candidate in candidates.items()}
-        scoring = {name: _outcome(self._start_scoring, name, candidates[name], judged[name]) for name in self.data}
-        return [
-            self._conclude(name, trials[name], finalists.get(name, ()), candidates[name], judged[name], scoring[name])
-            for name in self.data
-        ]
+        names, results = list(self.data), []
+        for start in range(0, len(names), AT_ONCE):
+            group = names[start : start + AT_ONCE]
+            candidates = {name: _outcome(self._nominate, name, select, runs) for name in group}
+            judged = {name: _outcome(self._judge, name, candidates[name]) for name in group}
+            scoring = {name: _outcome(self._start_scoring, name, candidates[name], judged[name]) for name in group}
+            results += [
+                self._conclude(
+                    name, trials[name], finalists.get(name, ()), candidates[name], judged[name], scoring[name]
+                )
+                for name in group
+            ]
+        return results
 
     def _nominate(
         self, name: str, select: Callable[[str], Selection], runs: Mapping[tuple[str, str], str]
