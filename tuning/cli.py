@@ -245,6 +245,21 @@ def report(
         write_json(json_file, leaderboard.as_dict())
 
 
+@app.command()
+def replay(
+    outbox: Annotated[Path, typer.Argument(metavar="OUTBOX", help="The folder that the sweep named.")],
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="Where MLflow is now, if not where the sweep had it."),
+    ] = None,
+) -> None:
+    """Write to MLflow what a sweep could not while MLflow was away, and end the runs that a killed sweep left open."""
+    from tuning.tracking.outbox import replay as run_replay
+
+    count = run_replay(outbox, tracking_uri)
+    print(f"{count} operations replayed")
+
+
 def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:
     """Options of their own as the ``--set`` options that they stand for."""
     given = {"resources.num_workers": num_workers, "resources.use_gpu": use_gpu}

@@ -38,6 +38,7 @@ from tuning.sweep_result import (
     leaderboard_row,
     parent_summary,
 )
+from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S
 from tuning.train_worker import Placement
 from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
 from tuning.weights import load_weights_digests, weights_key
@@ -97,7 +98,8 @@ def sweep(
     """
     import optuna
 
-    from tuning.tracking import MLflowTracker
+    from tuning.tracking import MLflowTracker, Outbox
+    from tuning.tracking.outbox import outbox_folder
 
     started_s = time.monotonic()
     console = console or open_stderr()
@@ -113,8 +115,8 @@ def sweep(
         spaces = {name: category_space(settings, info) for name, info in infos.items()}
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
-    tracker = MLflowTracker(tracking_uri)
-    tracker.check()
+    store = MLflowTracker(tracking_uri, persistent=False)
+    store.check()
 
     connect_ray()
     placement = place(settings)
@@ -131,6 +133,7 @@ def sweep(
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
+    tracker = Outbox(store, outbox_folder(out, run.sweep_id))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searcher = run.searcher()
     notices = list(dict.fromkeys(notice for space in spaces.values() for notice in space.notices))
@@ -353,6 +356,7 @@ class _Run:
             raise
         finally:
             tracker.finish_sweep(sweep_tags, status)
+            tracker.close(STOP_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S)
         return leaderboard, results, comparison
 
     def tracked(self, tracker: Any) -> Sweep:
