@@ -35,10 +35,11 @@ from tuning.benchmark_table import BenchmarkTable, PaperNumbers, cost_s, make_ro
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.label_curve import LabelCurve, curve_rows, draw_label_curve, make_curves
 from tuning.objective import TrialContext
-from tuning.sweep import check_lasting, connect_ray, load_weights_digest, open_categories, open_stderr, place
+from tuning.sweep import check_lasting, connect_ray, open_categories, open_stderr, place
 from tuning.tracking.protocol import BENCHMARK_STAGE, CLOSE_PATIENCE_S, STOP_PATIENCE_S, Sweep, count_scores
-from tuning.train_worker import Placement, weights_key
+from tuning.train_worker import Placement
 from tuning.tune_run import open_storage, run_tune
+from tuning.weights import load_weights_digest, weights_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,13 +321,19 @@ class _Work:
         """Run what is left on Tune, and take in results and failures."""
         from ray.tune.schedulers import FIFOScheduler
 
-        from tuning.benchmark_runs import BenchmarkCallback, FixedRuns
+        from tuning.benchmark_runs import BenchmarkCallback
         from tuning.benchmark_score import ScoreOnTest
+        from tuning.fixed_runs import FixedRuns
         from tuning.progress import ProgressCallback
 
         stop = StopFlag()
         storage = open_storage(join_uri(self.store.root_uri, RAY_FOLDER))
-        searcher = FixedRuns(todo, self._tags)
+        searcher = FixedRuns(
+            todo,
+            stage=BENCHMARK_STAGE,
+            label=lambda run: f"{run.labels[0]}, repetition {run.seed}",
+            tags=self._tags,
+        )
         tracking = BenchmarkCallback(
             self.tracker,
             described,
@@ -342,7 +349,7 @@ class _Work:
             searcher,
             FIFOScheduler(),
             [ProgressCallback(searcher, ranked=False), tracking],
-            {name: TrialContext(data=data, objective=None, rung_epochs=()) for name, data in self.data.items()},
+            {name: TrialContext(data=data, objective=None, rungs=None) for name, data in self.data.items()},
             name=f"{self.benchmark_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
             data_uri=self.data_uri,
             weights_digests=self.weights_digests,

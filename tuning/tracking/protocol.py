@@ -8,7 +8,7 @@ sweep continues the runs that the interrupted one began, instead of opening new 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -31,6 +31,9 @@ STATUS_OF_STATE: dict[TrialState, RunStatus] = {
 
 PARENT_STAGE = "sweep"
 """Stage of a category's parent run."""
+
+FINALIST_STAGE = "finalist"
+"""Stage of the runs that repeat a category's best trials with other seeds."""
 
 BENCHMARK_STAGE = "benchmark"
 """Stage of a benchmark's one parent run and of the runs below it; leaderboards and champions leave them alone."""
@@ -177,21 +180,23 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def count_scores(runs: Sequence[RunRecord], *, category: str, test_fingerprint: str, besides: str | None = None) -> int:
+def count_scores(
+    runs: Sequence[RunRecord], *, category: str, test_fingerprint: str, besides: Collection[str] = ()
+) -> int:
     """How many runs, of sweeps and benchmarks, have been scored on a test split.
 
     Args:
         runs: Of the dataset.
         category: Whose test split.
         test_fingerprint: Of the split as it is now.
-        besides: A run that does not count, by its id.
+        besides: Runs that do not count, by their ids.
     """
     return sum(
         any(metric.startswith("test_") for metric in run.metrics)
         and run.tags.get("test_fingerprint") == test_fingerprint
         and run.category == category
         and run.parent_run_id is not None
-        and run.run_id != besides
+        and run.run_id not in besides
         for run in runs
     )
 
