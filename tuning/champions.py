@@ -169,13 +169,20 @@ class ChampionOrigin:
     """Where the images were that it was tuned on; None: not recorded."""
     search_fingerprint: str | None
     """Of those images."""
+    split_seed: str | None = None
+    """By which they had been split; None: not recorded."""
+
+
+class NoChampionError(SSNError):
+    """A category has no champion."""
 
 
 def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOrigin:
     """Look up the champion of a category, without its weights.
 
     Raises:
-        SSNError: it has none, or the champion's run has no model any more.
+        NoChampionError: it has none.
+        SSNError: the champion's run has no model any more.
     """
     from mlflow.exceptions import MlflowException
 
@@ -190,7 +197,7 @@ def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOri
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise SSNError(
+            raise NoChampionError(
                 f"{name} has no champion at {absolute_uri(tracking_uri)}; run `tuning sweep` first, or leave the "
                 "configuration champion out"
             ) from error
@@ -209,6 +216,7 @@ def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOri
         version=str(registered.version),
         data_uri=run.data.tags.get("data_uri"),
         search_fingerprint=run.data.tags.get("search_fingerprint"),
+        split_seed=run.data.tags.get("split_seed"),
     )
 
 

@@ -52,6 +52,9 @@ def sweep(
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Also try what did best in other categories (search.transfer).")
+    ] = False,
     set_: SetOption = None,
     config: ConfigOption = None,
     tracking_uri: TrackingOption = None,
@@ -75,6 +78,8 @@ def sweep(
     sets = [*(set_ or ()), *placement_sets(num_workers, use_gpu)]
     if trials is not None:
         sets.append(f"search.trials={trials}")
+    if transfer:
+        sets.append("search.transfer=true")
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
     defaults = read_defaults(data, name, categories)

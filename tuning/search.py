@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 from ssn.config import digest, trial_identity, unflatten
 from ssn.errors import SSNError
 from tuning.space import Axis, FloatRange, applies, validate_space
+from tuning.warm_start import Start, Transfers, transfer_is_due
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class CategorySearch:
     search_fingerprint: str
     weights_digest: str
     split_seed: int
+    starts: tuple[Start, ...] = ()
+    """Tried in this order after the base configuration, before the sampler is asked."""
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
@@ -59,9 +62,10 @@ class CategorySearch:
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config"}``, all plain. The first of every category is its base
-    configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's result and
-    asked anew, without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain. The first of every category is
+    its base configuration, then come its starts; the tag ``suggested_by`` says where a configuration came from. A
+    suggestion that repeats an earlier trial of its category is answered from that trial's result and asked anew,
+    without a run and without counting against the budget.
 
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
     Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
@@ -71,6 +75,7 @@ class MultiplexSearcher(Searcher):
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
+        transfer: Have categories try, now and then, what has done best in others.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -86,6 +91,7 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
+        transfer: bool = False,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -109,6 +115,7 @@ class MultiplexSearcher(Searcher):
         self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._transfers = Transfers() if transfer else None
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
@@ -181,6 +188,7 @@ class MultiplexSearcher(Searcher):
                     "category": category,
                     "index": record.index,
                     "config": dict(record.config),
+                    "tags": {"suggested_by": record.suggested_by},
                 }
             self._exhausted.add(category)
             self.notices.append(
@@ -275,8 +283,10 @@ class MultiplexSearcher(Searcher):
         """A trial that is not a repetition, or None after too many that are."""
         search, study = self._categories[category], self._studies[category]
         earlier = {r.trial_key: r for r in self._by_category[category]}
-        if not earlier:
-            study.enqueue_trial(_encode(search.space, search.base))
+        start = self._planned(category)
+        if start is not None:
+            settings = _encode(search.space, {**search.base, **start.params})
+            study.enqueue_trial(settings, user_attrs={"suggested_by": start.suggested_by})
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
             config = {**search.base, **params}
@@ -295,9 +305,29 @@ class MultiplexSearcher(Searcher):
                     max_epochs=int(config["train.epochs"]),
                     config=config,
                     params=params,
+                    suggested_by=asked.user_attrs.get("suggested_by", "sampler"),
                 )
             asked.set_user_attr("duplicate_of", earlier[key].number)
             self._tell(dataclasses.replace(earlier[key], number=asked.number))
+        return None
+
+    def _planned(self, category: str) -> Start | None:
+        """What the category's next trial is without asking the sampler.
+
+        By the number of trials so far, and enqueued only as it is drawn: a queue that a killed driver left in a
+        database would be drawn from in the place of another trial.
+        """
+        search, records = self._categories[category], self._by_category[category]
+        planned = (Start({}, "default"), *search.starts)
+        if len(records) < len(planned):
+            return planned[len(records)]
+        transferred = sum(r.suggested_by == "transfer" for r in records)
+        if self._transfers is None or not transfer_is_due(self._budget, started=len(records), transferred=transferred):
+            return None
+        tried = {r.trial_key for r in records}
+        for params in self._transfers.ranked(search.space, search.base, besides=category):
+            if search.identity({**search.base, **params}) not in tried:
+                return Start(params, "transfer")
         return None
 
     def _draw(self, category: str) -> tuple[optuna.Trial, dict[str, Any]]:
@@ -323,6 +353,9 @@ class MultiplexSearcher(Searcher):
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
         self._tell(record)
+        if state == "complete" and self._transfers is not None:
+            assert record.objective is not None
+            self._transfers.note(record.category, record.config, record.objective, is_default=record.index == 0)
 
     def _tell(self, record: TrialRecord) -> None:
         """Bring a finished record, its intermediate values included, into its study.
@@ -351,7 +384,12 @@ class MultiplexSearcher(Searcher):
         study = self._studies[record.category]
         study.enqueue_trial(
             _encode(self._categories[record.category].space, record.config),
-            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
+            user_attrs={
+                "trial_key": record.trial_key,
+                "params": record.params,
+                "index": record.index,
+                "suggested_by": record.suggested_by,
+            },
         )
         record.number = self._draw(record.category)[0].number
         record.state, record.failure = "running", None

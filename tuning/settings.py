@@ -38,6 +38,11 @@ class SearchSettings:
     """Of the search; it draws suggestions, not weights or noise."""
     max_concurrent: int | None = None
     """Most trials at once; None: as many as the cluster holds."""
+    warm_start: bool = True
+    """Whether the second trial of a category is its registered champion's configuration, where there is one."""
+    transfer: bool = False
+    """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
+    three trials of each category, and a quarter of its budget."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The search is given ``SearchData`` alone. Test data is opened after it has ended
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import secrets
@@ -115,7 +116,7 @@ def sweep(
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher, notices = run.searcher()
+    searcher, notices = run.searcher(tracker)
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
@@ -246,10 +247,17 @@ class _Run:
         search = self.settings.search
         return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
 
-    def searcher(self) -> tuple[MultiplexSearcher, list[str]]:
+    def searcher(self, tracker: Any) -> tuple[MultiplexSearcher, list[str]]:
+        from tuning.champions import find_champion
         from tuning.search import CategorySearch, MultiplexSearcher
+        from tuning.warm_start import plan_starts, read_transfers
 
         base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
+        search = self.settings.search
+        earlier = None
+        if search.transfer:
+            split_seeds = {name: data.info.split_seed for name, data in self.data.items()}
+            earlier = read_transfers(tracker.find_runs(self.dataset), space, base, split_seeds)
         searches = []
         for name, data in self.data.items():
             pool = data.info.counts["pool"]
@@ -260,7 +268,16 @@ class _Run:
                 attainable=attainable_ratios(pool.masks),
                 num_defective=pool.defective,
             )
-            notices += found
+            find = functools.partial(find_champion, tracker.tracking_uri, self.dataset, name)
+            starts, more = plan_starts(
+                data.info,
+                axes,
+                base,
+                trials_per_category=search.trials,
+                find=find if search.warm_start else None,
+                earlier=earlier,
+            )
+            notices += [*found, *more]
             searches.append(
                 CategorySearch(
                     category=name,
@@ -269,6 +286,7 @@ class _Run:
                     search_fingerprint=data.info.search_fingerprint,
                     weights_digest=self.weights_digest,
                     split_seed=data.info.split_seed,
+                    starts=starts,
                 )
             )
         searcher = MultiplexSearcher(
@@ -276,6 +294,7 @@ class _Run:
             sweep_id=self.sweep_id,
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
+            transfer=self.settings.search.transfer,
         )
         return searcher, notices
 

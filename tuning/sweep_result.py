@@ -118,6 +118,7 @@ def _trial_dict(trial: TrialRecord) -> dict[str, Any]:
     """``elapsed_s`` is the trial's wall time as Tune saw it; what ``duration_s`` leaves of it is the platform's."""
     return {
         "index": trial.index,
+        "suggested_by": trial.suggested_by,
         "state": trial.state,
         "epoch": trial.epoch,
         "objective": trial.objective,

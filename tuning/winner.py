@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ssn.errors import SSNError
+from tuning.warm_start import SuggestedBy
 
 RecordState = Literal["running", "complete", "pruned", "failed"]
 
@@ -41,6 +42,8 @@ class TrialRecord:
     """The last result that was reported, whole."""
     failure: str | None = None
     """Why a failed trial failed."""
+    suggested_by: SuggestedBy = "sampler"
+    """Where the configuration came from."""
 
     @property
     def objective(self) -> float | None:

@@ -57,7 +57,9 @@ folder, data_uri, tracking_uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = unflatten(json.loads((folder / "config.json").read_text()))
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
-    search=SearchSettings(trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, weak_labels=True),
+    search=SearchSettings(
+        trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, weak_labels=True, warm_start=False
+    ),
     resources=ResourceSettings(use_gpu=False),
 )
 
