@@ -10,25 +10,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from ssn.config import digest, trial_identity, unflatten
+from ssn.config import trial_identity, unflatten
 from ssn.errors import SSNError
+from tuning.costs import excesses, shape_key, trial_cost
+from tuning.sampler import make_sampler
 from tuning.space import Axis, FloatRange, applies, validate_space
 from tuning.warm_start import Start, Transfers, transfer_is_due
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
+
+    from tuning.settings import Against
 
 MAX_DUPLICATES = 50
 """Suggestions in a row that repeat earlier trials before a category's space counts as exhausted."""
@@ -62,10 +66,10 @@ class CategorySearch:
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain. The first of every category is
-    its base configuration, then come its starts; the tag ``suggested_by`` says where a configuration came from. A
-    suggestion that repeats an earlier trial of its category is answered from that trial's result and asked anew,
-    without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain, and ``latency_ms`` where that
+    of its network is known. The first of every category is its base configuration, then come its starts; the tag
+    ``suggested_by`` says where a configuration came from. A suggestion that repeats an earlier trial of its category is
+    answered from that trial's result and asked anew, without a run and without counting against the budget.
 
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
     Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
@@ -76,6 +80,8 @@ class MultiplexSearcher(Searcher):
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
         transfer: Have categories try, now and then, what has done best in others.
+        against: What the objective is weighed against; unless ``none``, studies have two directions.
+        sampler: Makes a category's sampler from the search seed, the category and its budget.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -92,6 +98,8 @@ class MultiplexSearcher(Searcher):
         trials_per_category: int,
         search_seed: int = 0,
         transfer: bool = False,
+        against: Against = "none",
+        sampler: Callable[[int, str, int], BaseSampler] = make_sampler,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -103,6 +111,7 @@ class MultiplexSearcher(Searcher):
         self._sweep_id = sweep_id
         self._budget = trials_per_category
         self._storage_url = storage_url
+        self._against = against
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
@@ -110,11 +119,12 @@ class MultiplexSearcher(Searcher):
         for each in categories:
             if each.space:
                 validate_space(each.space)
-        self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
+        self._samplers = {c.category: sampler(search_seed, c.category, trials_per_category) for c in categories}
         self._storage = _open_storage(storage_url)
         self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._latencies_ms: dict[str, float] = {}
         self._transfers = Transfers() if transfer else None
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
@@ -161,6 +171,11 @@ class MultiplexSearcher(Searcher):
         record = self._records.get(trial_id)
         return dict(record.objectives) if record else {}
 
+    def recorded_metrics(self, trial_id: str) -> Mapping[str, Any]:
+        """The last report of one trial; empty if the trial is unknown. Survives a restore."""
+        record = self._records.get(trial_id)
+        return record.metrics if record else {}
+
     # What Tune calls.
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
@@ -189,6 +204,7 @@ class MultiplexSearcher(Searcher):
                     "index": record.index,
                     "config": dict(record.config),
                     "tags": {"suggested_by": record.suggested_by},
+                    **self._known_latency(record),
                 }
             self._exhausted.add(category)
             self.notices.append(
@@ -267,7 +283,7 @@ class MultiplexSearcher(Searcher):
             return optuna.create_study(
                 study_name=name,
                 storage=self._storage,
-                direction="maximize",
+                directions=["maximize"] if self._against == "none" else ["maximize", "minimize"],
                 sampler=self._samplers[category.category],
                 pruner=optuna.pruners.NopPruner(),
             )
@@ -340,6 +356,11 @@ class MultiplexSearcher(Searcher):
                 params[key] = _suggest(asked, key, axis)
         return asked, params
 
+    def _known_latency(self, record: TrialRecord) -> dict[str, float]:
+        """What another trial has measured of a network of the same shape."""
+        key = shape_key(record.config)
+        return {"latency_ms": self._latencies_ms[key]} if key in self._latencies_ms else {}
+
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
         epoch = result.get("epoch")
@@ -347,13 +368,16 @@ class MultiplexSearcher(Searcher):
             return
         record.epoch = int(epoch)
         record.metrics = dict(result)
+        if "latency_ms" in result:
+            known = self._latencies_ms.setdefault(shape_key(record.config), float(result["latency_ms"]))
+            record.metrics["latency_ms"] = known  # trials that measured one shape at the same time
         if result.get("objective") is not None:
             record.objectives[record.epoch] = float(result["objective"])
 
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
         self._tell(record)
-        if state == "complete" and self._transfers is not None:
+        if state == "complete" and record.feasible and self._transfers is not None:
             assert record.objective is not None
             self._transfers.note(record.category, record.config, record.objective, is_default=record.index == 0)
 
@@ -369,11 +393,19 @@ class MultiplexSearcher(Searcher):
         if self._storage.get_trial(trial_id).state.is_finished():
             # The database was ahead of the state this searcher was restored from.
             return
+        for bound, excess in excesses(record.metrics).items():
+            # what Trial.set_constraint does; making a Trial of a number would draw from the sampler
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{bound}", excess)
         for epoch, objective in sorted(record.objectives.items()):
             value = objective if math.isfinite(objective) else math.nan
-            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            if self._against == "none":
+                self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            else:  # TPE ranks pruned trials that have intermediate values by a study's one direction, or fails
+                self._storage.set_trial_user_attr(trial_id, f"objective at epoch {epoch}", value)
         if record.state == "complete":
-            study.tell(record.number, record.objective)
+            assert record.objective is not None
+            cost = [] if self._against == "none" else [trial_cost(record.metrics, self._against)]
+            study.tell(record.number, [record.objective, *cost])
         elif record.state == "pruned" or any(not math.isfinite(o) for o in record.objectives.values()):
             study.tell(record.number, state=TrialState.PRUNED)
         else:
@@ -418,12 +450,6 @@ def _open_storage(url: str | None) -> BaseStorage:
         return optuna.storages.get_storage(url)
     except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
         raise SSNError(f"search storage {url} cannot be opened: {error}".splitlines()[0]) from error
-
-
-def _seeded_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
-    seed = int(digest([search_seed, category])[:8], 16)
-    # Optuna's ten random trials before it models anything would be the whole of a small budget.
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
 
 
 def _index_name(key: str) -> str:

@@ -12,6 +12,8 @@ from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisCon
 from ssn.errors import SSNError
 from tuning.space import RATIO_KEY, WEAK_KEY, AttainableRatio, Choice, FloatRange, validate_space
 
+Against = Literal["none", "labels", "latency"]
+Pick = Literal["best", "knee"]
 ObjectiveMetric = Literal["mean(image_auroc, pixel_ap)", "image_auroc", "image_ap", "pixel_ap", "aupro"]
 
 
@@ -53,6 +55,15 @@ class ObjectiveSettings:
     """Image metrics alone are used for a category without masks."""
     cost_per_mask: float = 0.0
     """Subtracted from the objective for every labelled mask used; 0: labels are free."""
+    against: Against = "none"
+    """What the objective is weighed against, as a front of the trials that no other beats in both: ``labels``, the
+    defective images used in training, or ``latency``, of one image, in ms."""
+    pick: Pick = "best"
+    """Which trial of the front becomes champion: the one with the highest objective, or the one at the front's knee."""
+    max_masks: int | None = None
+    """Most masks that a trial may use to become champion."""
+    max_latency_ms: float | None = None
+    """Longest that a trial's network may take for one image, in ms on the trial's device, to become champion."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,15 @@ class SweepSettings:
         _require("search.max_concurrent", s.max_concurrent, s.max_concurrent is None or s.max_concurrent >= 1, ">= 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
         _require("objective.cost_per_mask", o.cost_per_mask, o.cost_per_mask >= 0, "at least 0")
+        _require("objective.against", o.against, o.against in get_args(Against), "one of none, labels, latency")
+        _require("objective.pick", o.pick, o.pick in get_args(Pick), "best or knee")
+        weighed = o.pick == "best" or o.against != "none"
+        _require("objective.pick", o.pick, weighed, "best, unless objective.against is labels or latency")
+        free = o.cost_per_mask == 0 or o.against != "labels"
+        _require("objective.cost_per_mask", o.cost_per_mask, free, "0 where objective.against is labels")
+        _require("objective.max_masks", o.max_masks, o.max_masks is None or o.max_masks >= 0, "at least 0")
+        positive = o.max_latency_ms is None or o.max_latency_ms > 0
+        _require("objective.max_latency_ms", o.max_latency_ms, positive, "positive")
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")
         _require("resources.cpus_per_worker", r.cpus_per_worker, r.cpus_per_worker > 0, "positive")
         _require("resources.gpus_per_worker", r.gpus_per_worker, r.gpus_per_worker > 0, "positive")

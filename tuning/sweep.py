@@ -23,9 +23,10 @@ from ssn.data.reader import SearchData, list_categories, open_search_data, open_
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.costs import affordable_axes, check_against, describe_pick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
-from tuning.report import Leaderboard
+from tuning.report import Leaderboard, count_infeasible
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
@@ -96,6 +97,7 @@ def sweep(
     for search_data in data.values():
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
+    check_against(settings.objective, settings.space())
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
     tracker = MLflowTracker(tracking_uri)
@@ -268,6 +270,9 @@ class _Run:
                 attainable=attainable_ratios(pool.masks),
                 num_defective=pool.defective,
             )
+            axes, dear = affordable_axes(
+                axes, base, category=name, num_masks=pool.masks, max_masks=self.settings.objective.max_masks
+            )
             find = functools.partial(find_champion, tracker.tracking_uri, self.dataset, name)
             starts, more = plan_starts(
                 data.info,
@@ -277,7 +282,7 @@ class _Run:
                 find=find if search.warm_start else None,
                 earlier=earlier,
             )
-            notices += [*found, *more]
+            notices += [*found, *dear, *more]
             searches.append(
                 CategorySearch(
                     category=name,
@@ -295,6 +300,7 @@ class _Run:
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
             transfer=self.settings.search.transfer,
+            against=self.settings.objective.against,
         )
         return searcher, notices
 
@@ -362,6 +368,7 @@ class _Run:
                 max_epochs=settings.train.epochs,
                 grace=settings.grace_epochs(),
                 eta=settings.search.eta,
+                against=settings.objective.against,
                 history=searcher,
             ),
             [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
@@ -386,7 +393,7 @@ class _Run:
         import ray
 
         from tuning.champions import load_trial_model
-        from tuning.winner import select_winner
+        from tuning.pareto import pick_winner
 
         runs = {
             (r.category, r.tags.get("trial_identity")): r.run_id
@@ -398,7 +405,7 @@ class _Run:
         )
 
         def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef]:
-            winner = select_winner(searcher.records(name))
+            winner = pick_winner(searcher.records(name), self.settings.objective)
             run_id = runs[name, winner.trial_key]
             model = load_trial_model(run_id, tracker.tracking_uri)
             test = open_test_data(self.data_uri, self.dataset, name)
@@ -474,7 +481,25 @@ class _Run:
             table.write_text(leaderboard.markdown())
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
-                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
+                files = [table, *self.draw_front(result, Path(scratch))]
+                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=files)
+
+    def draw_front(self, result: CategoryResult, scratch: Path) -> list[Path]:
+        """Files that show what a category's objective costs, if that was asked for."""
+        from tuning.pareto_chart import write_front
+
+        objective, counts = self.settings.objective, self.data[result.category].info.counts["validation"]
+        if objective.against == "none":
+            return []
+        return write_front(
+            Path(tempfile.mkdtemp(dir=scratch)),
+            result.trials,
+            None if result.winner is None else result.winner.index,
+            objective,
+            heading=f"{self.dataset}, {result.category}",
+            about=f"Judged by {counts.normal} normal and {counts.defective} defective validation images, so that small "
+            "differences may be chance.",
+        )
 
 
 def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) -> ChampionScore:
@@ -518,12 +543,16 @@ def load_weights_digest(model: ModelConfig) -> str:
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
     notes = list(notes)
-    if run.settings.objective.cost_per_mask == 0 and any(d.info.counts["pool"].masks for d in run.data.values()):
+    unpriced = run.settings.objective.cost_per_mask == 0 and run.settings.objective.against != "labels"
+    if unpriced and any(d.info.counts["pool"].masks for d in run.data.values()):
         notes.append("labels were free in this search (objective.cost_per_mask is 0)")
+    notes += describe_pick(run.settings.objective)
+    rows = [leaderboard_row(run.data[r.category], r) for r in results]
+    notes += count_infeasible(rows)
     return Leaderboard(
         dataset=run.dataset,
         sweep_id=run.sweep_id,
-        rows=[leaderboard_row(run.data[r.category], r) for r in results],
+        rows=rows,
         tracking_uri=tracking_uri,
         notes=notes,
     )

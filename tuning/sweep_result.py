@@ -83,6 +83,7 @@ def leaderboard_row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
         trials_complete=states.count("complete"),
         trials_pruned=states.count("pruned"),
         trials_failed=states.count("failed"),
+        trials_infeasible=sum(not t.feasible for t in result.trials),
         duration_s=sum(t.duration_s for t in result.trials),
         champion=f"{result.champion.name}/{result.champion.version}" if result.champion else None,
     )
@@ -122,6 +123,10 @@ def _trial_dict(trial: TrialRecord) -> dict[str, Any]:
         "state": trial.state,
         "epoch": trial.epoch,
         "objective": trial.objective,
+        "masks_used": trial.metrics.get("masks_used"),
+        "weak_labels_used": trial.metrics.get("weak_labels_used"),
+        "latency_ms": trial.metrics.get("latency_ms"),
+        "feasible": trial.feasible,
         "params": trial.params,
         "duration_s": trial.duration_s,
         "elapsed_s": trial.metrics.get("time_total_s"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ssn.errors import SSNError
+from tuning.costs import excesses, is_feasible
 from tuning.warm_start import SuggestedBy
 
 RecordState = Literal["running", "complete", "pruned", "failed"]
@@ -51,13 +52,18 @@ class TrialRecord:
         return self.objectives[max(self.objectives)] if self.objectives else None
 
     @property
+    def feasible(self) -> bool:
+        """Whether it keeps the bounds on its costs, as far as it has reported any."""
+        return is_feasible(self.metrics)
+
+    @property
     def duration_s(self) -> float:
         """Seconds the trial trained and validated for, so far."""
         return float(self.metrics.get("duration_s", self.metrics.get("time_total_s", 0.0)))
 
 
 def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial of one category with the highest objective at full budget.
+    """The trial of one category with the highest objective at full budget, among those that keep all bounds.
 
     Ties go to the higher validation image AP, then to the lower validation loss, then to the shorter duration; a trial
     that lacks one of these loses the tie. What is left is decided by the lower index, so that the choice does not
@@ -66,7 +72,7 @@ def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
     Raises:
         SSNError: no trial qualifies; the message says what became of them.
     """
-    complete = [t for t in trials if t.state == "complete" and t.objective is not None]
+    complete = [t for t in trials if t.state == "complete" and t.objective is not None and t.feasible]
     if not complete:
         raise SSNError(_why_none(trials))
 
@@ -94,6 +100,12 @@ def _why_none(trials: Sequence[TrialRecord]) -> str:
     states = Counter(t.state for t in trials)
     counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
     failures = [t for t in trials if t.failure]
+    infeasible = sorted({bound for t in trials for bound, excess in excesses(t.metrics).items() if excess > 0})
+    if states["complete"]:
+        return (
+            f"{category}: no winner, because every complete trial exceeds {' or '.join(infeasible)} ({counted}); raise "
+            f"{' or '.join(f'objective.{bound}' for bound in infeasible)}"
+        )
     if states["running"]:
         way_out = "let the sweep run to its end"
     elif failures:

@@ -18,19 +18,25 @@ STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 class FakeTrial:
     """What the scheduler looks at of a Tune trial."""
 
-    def __init__(self, trial_id: str, category: str) -> None:
+    def __init__(self, trial_id: str, category: str, index: int = 1) -> None:
         self.trial_id = trial_id
-        self.config = {"category": category}
+        self.config = {"category": category, "index": index}
 
 
 class History:
-    """Objectives by trial and epoch."""
+    """Objectives by trial and epoch, and last reports."""
 
-    def __init__(self, objectives: dict[str, dict[int, float]]) -> None:
+    def __init__(
+        self, objectives: dict[str, dict[int, float]], metrics: dict[str, dict[str, float]] | None = None
+    ) -> None:
         self.objectives = objectives
+        self.metrics = metrics or {}
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
         return self.objectives.get(trial_id, {})
+
+    def recorded_metrics(self, trial_id: str) -> dict[str, float]:
+        return self.metrics.get(trial_id, {})
 
 
 def scheduler(**options: Any) -> MultiplexScheduler:
