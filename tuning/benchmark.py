@@ -35,10 +35,11 @@ from tuning.benchmark_table import BenchmarkTable, PaperNumbers, cost_s, make_ro
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.label_curve import LabelCurve, curve_rows, draw_label_curve, make_curves
 from tuning.objective import TrialContext
-from tuning.sweep import check_lasting, connect_ray, load_weights_digest, open_categories, open_stderr, place
+from tuning.sweep import check_lasting, connect_ray, open_categories, open_stderr, place
 from tuning.tracking.protocol import BENCHMARK_STAGE, Sweep, count_scores
-from tuning.train_worker import Placement, weights_key
+from tuning.train_worker import Placement
 from tuning.tune_run import open_storage, run_tune
+from tuning.weights import load_weights_digest, weights_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -339,7 +340,7 @@ class _Work:
             searcher,
             FIFOScheduler(),
             [ProgressCallback(searcher, ranked=False), tracking],
-            {name: TrialContext(data=data, objective=None, rung_epochs=()) for name, data in self.data.items()},
+            {name: TrialContext(data=data, objective=None, rungs=None) for name, data in self.data.items()},
             name=f"{self.benchmark_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
             data_uri=self.data_uri,
             weights_digests=self.weights_digests,

@@ -8,13 +8,13 @@ never wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ssn.config import digest
 from ssn.errors import SSNError
-from tuning.space import RATIO_KEY, Axis, Choice, SearchSpace
+from tuning.space import RATIO_KEY, CategorySpace, Choice
 
 if TYPE_CHECKING:
     from tuning.settings import Against, ObjectiveSettings
@@ -50,13 +50,17 @@ def needs_latency(objective: ObjectiveSettings) -> bool:
     return objective.against == "latency" or objective.max_latency_ms is not None
 
 
-def check_against(objective: ObjectiveSettings, space: SearchSpace) -> None:
+def check_against(objective: ObjectiveSettings, searched: Collection[str]) -> None:
     """Refuse to weigh the objective against a latency that is the same for all trials.
 
+    Args:
+        objective: What is weighed against what.
+        searched: Config keys that trials differ in.
+
     Raises:
-        SSNError: nothing in the space changes the network's shape.
+        SSNError: none of them changes the network's shape.
     """
-    if objective.against == "latency" and not any(_changes_shape(key) for key in space):
+    if objective.against == "latency" and not any(_changes_shape(key) for key in searched):
         raise SSNError(
             "objective.against is latency, but no searched setting changes the network's; search one of model.* or "
             "data.image_size, or leave it out"
@@ -99,36 +103,30 @@ def is_feasible(metrics: Mapping[str, Any]) -> bool:
     return all(excess <= 0 for excess in excesses(metrics).values())
 
 
-def affordable_axes(
-    axes: Mapping[str, Axis], base: Mapping[str, Any], *, category: str, num_masks: int, max_masks: int | None
-) -> tuple[dict[str, Axis], list[str]]:
+def limit_masks(space: CategorySpace, category: str, num_masks: int, max_masks: int | None) -> CategorySpace:
     """Leave out supervision ratios that are known to use more masks than allowed, so that no trial is spent on them.
 
     The base's ratio stays: it is the first trial, whether it can win or not.
 
     Args:
-        axes: Of the category.
-        base: Of the category, flat.
+        space: Of the category.
         category: Named in the notice.
         num_masks: In the category's pool.
         max_masks: ``objective.max_masks``.
-
-    Returns:
-        The axes, and notices to show the user.
     """
     if max_masks is None:
-        return dict(axes), []
-    notices = []
-    if _masks(base[RATIO_KEY], num_masks) > max_masks:
+        return space
+    notices, axes, base = list(space.notices), dict(space.axes), space.base[RATIO_KEY]
+    if _masks(base, num_masks) > max_masks:
         notices.append(
-            f"{category}: the default uses {_masks(base[RATIO_KEY], num_masks)} masks, more than "
+            f"{category}: the default uses {_masks(base, num_masks)} masks, more than "
             f"objective.max_masks={max_masks}, and so cannot win"
         )
     axis = axes.get(RATIO_KEY)
-    if not isinstance(axis, Choice):
-        return dict(axes), notices
-    kept = tuple(v for v in axis.values if _masks(v, num_masks) <= max_masks or v == base[RATIO_KEY])
-    return {**axes, RATIO_KEY: replace(axis, values=kept)}, notices
+    if isinstance(axis, Choice):
+        kept = tuple(v for v in axis.values if _masks(v, num_masks) <= max_masks or v == base)
+        axes[RATIO_KEY] = replace(axis, values=kept)
+    return CategorySpace(space.base, axes, tuple(notices))
 
 
 def _masks(ratio: float, num_masks: int) -> int:

@@ -10,6 +10,9 @@ from ssn.config import digest
 def make_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
     """A sampler whose draws depend on the seed and the category alone.
 
+    Its variants are compared in ``tests/benchmarks/samplers.py``. Multivariate is Optuna's default for studies of one
+    direction; those of two are sampled axis by axis.
+
     Args:
         search_seed: Of the sweep.
         category: Name.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ray.tune.schedulers import FIFOScheduler
 
-from ssn.errors import SSNError
 from tuning.costs import is_feasible, trial_cost
 from tuning.halving import Halving
+from tuning.rungs import Rungs
+from tuning.space import EPOCHS_KEY
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -36,35 +37,8 @@ class ObjectiveHistory(Protocol):
         ...
 
 
-def rung_epochs(max_epochs: int, grace: int, eta: int) -> tuple[int, ...]:
-    """Epochs before the last at which a trial may be stopped: grace, grace*eta, grace*eta^2, ...
-
-    Trials report an objective at these epochs and at ``max_epochs``, which is not one of them.
-
-    Args:
-        max_epochs: The full budget.
-        grace: Epochs that every trial gets.
-        eta: Of the trials that reach a rung, about one in ``eta`` goes on.
-
-    Raises:
-        SSNError: a value is out of range.
-    """
-    if max_epochs < 1:
-        raise SSNError(f"max_epochs is {max_epochs}, but must be at least 1")
-    if grace < 1:
-        raise SSNError(f"the scheduler's grace is {grace} epochs, but must be at least 1")
-    if eta < 2:
-        raise SSNError(f"the scheduler's eta is {eta}, but must be at least 2")
-    rungs: list[int] = []
-    epoch = grace
-    while epoch < max_epochs:
-        rungs.append(epoch)
-        epoch *= eta
-    return tuple(rungs)
-
-
 class MultiplexScheduler(FIFOScheduler):
-    """Compares a trial only with trials of its own category that cost no more, at the same epoch.
+    """Compares a trial only with trials of its own category and of as many epochs that cost no more, at the same epoch.
 
     See :class:`tuning.halving.Halving`; without ``against``, all cost the same. Only ranks within a category count, so
     neither the scale of its objective nor the speed at which it learns decides how many of its trials go on.
@@ -77,32 +51,17 @@ class MultiplexScheduler(FIFOScheduler):
     Tune restores a scheduler empty; with a ``history``, the rungs are filled again as restored trials are added.
 
     Args:
-        max_epochs: The full budget.
-        grace: See :func:`rung_epochs`.
-        eta: See :func:`rung_epochs`.
+        rungs: When trials are compared.
         against: What trials cost.
         history: Usually the searcher of the same run.
-
-    Raises:
-        SSNError: a value is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        max_epochs: int,
-        grace: int,
-        eta: int = 3,
-        against: Against = "none",
-        history: ObjectiveHistory | None = None,
-    ) -> None:
+    def __init__(self, rungs: Rungs, *, against: Against = "none", history: ObjectiveHistory | None = None) -> None:
         super().__init__()
-        self._max_epochs = max_epochs
-        self._rungs = rung_epochs(max_epochs, grace, eta)
-        self._eta = eta
+        self._rungs = rungs
         self._against = against
         self._history = history
-        self._by_category: dict[str, Halving] = {}
+        self._by_group: dict[tuple[str, int], Halving] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Refuse another metric or mode in ``TuneConfig``; ours are fixed."""
@@ -121,7 +80,7 @@ class MultiplexScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """``STOP`` or ``CONTINUE``."""
         epoch, objective = result.get(TIME_ATTR), result.get(METRIC)
-        if epoch is None or epoch >= self._max_epochs:
+        if epoch is None or epoch >= max_epochs(trial):
             return str(self.CONTINUE)
         feasible = is_feasible(result)
         if not feasible and trial.config["index"] > 0:
@@ -135,16 +94,27 @@ class MultiplexScheduler(FIFOScheduler):
         return str(self.CONTINUE if goes_on else self.STOP)
 
     def debug_string(self) -> str:
-        """One line per category."""
-        return "\n".join(f"{category}: {halving}" for category, halving in self._by_category.items())
+        """One line per category and number of epochs."""
+        return "\n".join(
+            f"{category}, {epochs} epochs: {halving}" for (category, epochs), halving in self._by_group.items()
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Pickle the rungs' records."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self._by_category))
+        Path(checkpoint_path).write_bytes(pickle.dumps(self._by_group))
 
     def restore(self, checkpoint_path: str) -> None:
         """Take up records saved by :meth:`save`."""
-        self._by_category = pickle.loads(Path(checkpoint_path).read_bytes())
+        self._by_group = pickle.loads(Path(checkpoint_path).read_bytes())
 
     def _halving(self, trial: Trial) -> Halving:
-        return self._by_category.setdefault(trial.config["category"], Halving(self._rungs, self._eta))
+        epochs = max_epochs(trial)
+        group = (trial.config["category"], epochs)
+        if group not in self._by_group:
+            self._by_group[group] = Halving(self._rungs.epochs(epochs), self._rungs.eta)
+        return self._by_group[group]
+
+
+def max_epochs(trial: Trial) -> int:
+    """A trial's full budget."""
+    return int(trial.config["config"][EPOCHS_KEY])

@@ -21,12 +21,13 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from ssn.config import trial_identity, unflatten
+from ssn.config import flatten, trial_identity, unflatten
 from ssn.errors import SSNError
 from tuning.costs import excesses, shape_key, trial_cost
 from tuning.sampler import make_sampler
-from tuning.space import Axis, FloatRange, applies, validate_space
+from tuning.space import Axis, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value, validate_space
 from tuning.warm_start import Start, Transfers, transfer_is_due
+from tuning.weights import weights_key
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
@@ -44,23 +45,36 @@ class CategorySearch:
 
     category: str
     base: Mapping[str, Any]
-    """Flat configuration; trial 0 is this, unchanged, and later trials replace the searched keys."""
+    """Flat configuration; trial 0 is this, and later trials replace the searched keys."""
     space: Mapping[str, Axis]
     """As :func:`tuning.space.resolve_space` returns it."""
     search_fingerprint: str
-    weights_digest: str
+    weights_digests: Mapping[str, str]
+    """Of every backbone that a trial may load, by :func:`tuning.weights.weights_key`."""
     split_seed: int
     starts: tuple[Start, ...] = ()
     """Tried in this order after the base configuration, before the sampler is asked."""
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
+        built = unflatten(config)
         return trial_identity(
-            unflatten(config),
+            built,
             search_fingerprint=self.search_fingerprint,
-            weights_digest=self.weights_digest,
+            weights_digest=self.weights_digests[weights_key(built.model)],
             split_seed=self.split_seed,
         )
+
+    def config(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's configuration; what the base leaves to the variant is filled in."""
+        return flatten(unflatten({**self.base, **params}).resolved())
+
+    def tags(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """What a trial's run says of its backbone where the search tries several."""
+        if len(self.weights_digests) == 1:
+            return {}
+        model = unflatten(config).model
+        return {"backbone": model.backbone, "backbone_digest": self.weights_digests[weights_key(model)]}
 
 
 class MultiplexSearcher(Searcher):
@@ -203,7 +217,10 @@ class MultiplexSearcher(Searcher):
                     "category": category,
                     "index": record.index,
                     "config": dict(record.config),
-                    "tags": {"suggested_by": record.suggested_by},
+                    "tags": {
+                        **self._categories[category].tags(record.config),
+                        "suggested_by": record.suggested_by,
+                    },
                     **self._known_latency(record),
                 }
             self._exhausted.add(category)
@@ -305,7 +322,7 @@ class MultiplexSearcher(Searcher):
             study.enqueue_trial(settings, user_attrs={"suggested_by": start.suggested_by})
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
-            config = {**search.base, **params}
+            config = search.config(params)
             key = search.identity(config)
             asked.set_user_attr("trial_key", key)
             asked.set_user_attr("params", params)
@@ -342,7 +359,7 @@ class MultiplexSearcher(Searcher):
             return None
         tried = {r.trial_key for r in records}
         for params in self._transfers.ranked(search.space, search.base, besides=category):
-            if search.identity({**search.base, **params}) not in tried:
+            if search.identity(search.config(params)) not in tried:
                 return Start(params, "transfer")
         return None
 
@@ -353,7 +370,10 @@ class MultiplexSearcher(Searcher):
         params: dict[str, Any] = {}
         for key, axis in search.space.items():
             if applies(axis, {**search.base, **params}):
-                params[key] = _suggest(asked, key, axis)
+                if isinstance(axis, Follows):
+                    params[key] = as_plain(axis.value_for({**search.base, **params}))
+                else:
+                    params[key] = _suggest(asked, key, axis)
         return asked, params
 
     def _known_latency(self, record: TrialRecord) -> dict[str, float]:
@@ -456,26 +476,28 @@ def _index_name(key: str) -> str:
     return f"{key}[index]"
 
 
-def _suggest(asked: optuna.Trial, key: str, axis: Axis) -> Any:
+def _suggest(asked: optuna.Trial, key: str, axis: FloatRange | IntRange | Choice) -> Any:
     """One value; ordered choices are drawn as positions, so that the sampler knows which values are neighbours."""
     if isinstance(axis, FloatRange):
         return asked.suggest_float(key, axis.low, axis.high, log=axis.log)
+    if isinstance(axis, IntRange):
+        return asked.suggest_int(key, axis.low, axis.high, step=axis.step, log=axis.log)
     if axis.ordered:
         position = asked.suggest_int(_index_name(key), 0, len(axis.values) - 1)
     else:
         position = asked.suggest_categorical(_index_name(key), range(len(axis.values)))
-    value = axis.values[position]
-    return list(value) if isinstance(value, tuple) else value
+    return as_plain(axis.values[position])
 
 
 def _encode(space: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
     for key, axis in space.items():
-        if not applies(axis, config):
+        if isinstance(axis, Follows) or not applies(axis, config):
             continue
         if isinstance(axis, FloatRange):
             encoded[key] = float(config[key])
+        elif isinstance(axis, IntRange):
+            encoded[key] = int(config[key])
         else:
-            value = config[key]
-            encoded[_index_name(key)] = axis.values.index(tuple(value) if isinstance(value, list) else value)
+            encoded[_index_name(key)] = axis.values.index(as_value(config[key]))
     return encoded

@@ -18,22 +18,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ssn.config import ModelConfig, flatten
+from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
-from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
-from tuning.costs import affordable_axes, check_against, describe_pick
+from tuning.costs import check_against, describe_pick
+from tuning.feature_groups import category_space, models_of
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard, count_infeasible
-from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
-from tuning.space import resolve_space
+from tuning.space import CategorySpace
 from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
 from tuning.tracking.protocol import count_scores
-from tuning.train_worker import Placement, weights_key
+from tuning.train_worker import Placement
 from tuning.tune_run import open_storage, run_tune
+from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tuning.champions import ChampionVersion
     from tuning.search import MultiplexSearcher
     from tuning.tracking.protocol import Sweep
+    from tuning.warm_start import Start
     from tuning.winner import TrialRecord
 
 T = TypeVar("T")
@@ -97,7 +98,9 @@ def sweep(
     for search_data in data.values():
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
-    check_against(settings.objective, settings.space())
+    check_overrides(settings, data_uri, dataset)
+    spaces = {name: category_space(settings, search_data.info) for name, search_data in data.items()}
+    check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
     tracker = MLflowTracker(tracking_uri)
@@ -105,20 +108,22 @@ def sweep(
 
     connect_ray()
     placement = place(settings)
-    # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
-    weights_digest = load_weights_digest(settings.model)
+    # digests are part of trials' identities; a hub that cannot be reached is found out before a trial starts
+    weights_digests = load_weights_digests(model for space in spaces.values() for model in models_of(space))
     run = _Run(
         settings=settings,
         dataset=dataset,
         data_uri=data_uri,
         data=data,
-        weights_digest=weights_digest,
+        spaces=spaces,
+        weights_digests=weights_digests,
         placement=placement,
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher, notices = run.searcher(tracker)
+    starts, notices = run.starts(tracker)
+    searcher, notices = run.searcher(starts), [*(n for space in spaces.values() for n in space.notices), *notices]
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
@@ -147,11 +152,25 @@ def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | Non
             f"no category of {dataset} at {data_uri}; ingest it first (ssn ingest {dataset} --out {data_uri})"
         )
     for name in categories or ():
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"
-            raise SSNError(f"{dataset} at {data_uri} has no category {name!r}{hint}")
+        _check_category(name, there, f"{dataset} at {data_uri} has no category {name!r}")
     return {name: open_search_data(data_uri, dataset, name) for name in dict.fromkeys(categories or there)}
+
+
+def check_overrides(settings: SweepSettings, data_uri: str, dataset: str) -> None:
+    """Refuse a search space of its own for a category that is not there.
+
+    Raises:
+        SSNError: naming the nearest one that is.
+    """
+    there = list_categories(data_uri, dataset)
+    for name in settings.search.categories:
+        _check_category(name, there, f"search.categories.{name}: {dataset} at {data_uri} has no such category")
+
+
+def _check_category(name: str, there: Sequence[str], problem: str) -> None:
+    if name not in there:
+        near = difflib.get_close_matches(name, there, n=1)
+        raise SSNError(problem + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"))
 
 
 def check_lasting(out: Path | str, tracking_uri: str) -> None:
@@ -239,70 +258,58 @@ class _Run:
     dataset: str
     data_uri: str
     data: Mapping[str, SearchData]
-    weights_digest: str
+    spaces: Mapping[str, CategorySpace]
+    weights_digests: Mapping[str, str]
     placement: Placement
     out: Path | str
     sweep_id: str
 
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        search = self.settings.search
-        return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
-
-    def searcher(self, tracker: Any) -> tuple[MultiplexSearcher, list[str]]:
+    def starts(self, tracker: Any) -> tuple[dict[str, tuple[Start, ...]], list[str]]:
+        """What each category tries before the sampler is asked, and what to tell the user about it."""
         from tuning.champions import find_champion
-        from tuning.search import CategorySearch, MultiplexSearcher
         from tuning.warm_start import plan_starts, read_transfers
 
-        base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
-        search = self.settings.search
-        earlier = None
+        search, earlier = self.settings.search, None
         if search.transfer:
             split_seeds = {name: data.info.split_seed for name, data in self.data.items()}
-            earlier = read_transfers(tracker.find_runs(self.dataset), space, base, split_seeds)
-        searches = []
+            earlier = read_transfers(tracker.find_runs(self.dataset), split_seeds)
+        starts, notices = {}, []
         for name, data in self.data.items():
-            pool = data.info.counts["pool"]
-            axes, found = resolve_space(
-                space,
-                category=name,
-                base=base,
-                attainable=attainable_ratios(pool.masks),
-                num_defective=pool.defective,
-            )
-            axes, dear = affordable_axes(
-                axes, base, category=name, num_masks=pool.masks, max_masks=self.settings.objective.max_masks
-            )
             find = functools.partial(find_champion, tracker.tracking_uri, self.dataset, name)
-            starts, more = plan_starts(
+            starts[name], found = plan_starts(
                 data.info,
-                axes,
-                base,
+                self.spaces[name],
                 trials_per_category=search.trials,
                 find=find if search.warm_start else None,
                 earlier=earlier,
             )
-            notices += [*found, *dear, *more]
-            searches.append(
+            notices += found
+        return starts, notices
+
+    def searcher(self, starts: Mapping[str, tuple[Start, ...]]) -> MultiplexSearcher:
+        from tuning.search import CategorySearch, MultiplexSearcher
+
+        return MultiplexSearcher(
+            [
                 CategorySearch(
                     category=name,
-                    base=base,
-                    space=axes,
+                    base=self.spaces[name].base,
+                    space=self.spaces[name].axes,
                     search_fingerprint=data.info.search_fingerprint,
-                    weights_digest=self.weights_digest,
+                    weights_digests={
+                        key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
+                    },
                     split_seed=data.info.split_seed,
-                    starts=starts,
+                    starts=starts[name],
                 )
-            )
-        searcher = MultiplexSearcher(
-            searches,
+                for name, data in self.data.items()
+            ],
             sweep_id=self.sweep_id,
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
             transfer=self.settings.search.transfer,
             against=self.settings.objective.against,
         )
-        return searcher, notices
 
     def execute(
         self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
@@ -342,8 +349,8 @@ class _Run:
                     "search_fingerprint": data.info.search_fingerprint,
                     "test_fingerprint": data.info.test_fingerprint,
                     "split_seed": str(data.info.split_seed),
-                    "backbone": self.settings.model.backbone,
-                    "backbone_digest": self.weights_digest,
+                    "backbone": self.spaces[name].base["model.backbone"],
+                    "backbone_digest": self.weights_digests[weights_key(unflatten(self.spaces[name].base).model)],
                     "data_uri": self.data_uri,
                 }
                 for name, data in self.data.items()
@@ -364,21 +371,15 @@ class _Run:
         storage = open_storage(self.out)
         tuner = run_tune(
             searcher,
-            MultiplexScheduler(
-                max_epochs=settings.train.epochs,
-                grace=settings.grace_epochs(),
-                eta=settings.search.eta,
-                against=settings.objective.against,
-                history=searcher,
-            ),
+            MultiplexScheduler(settings.rungs(), against=settings.objective.against, history=searcher),
             [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
             {
-                name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
+                name: TrialContext(data=data, objective=settings.objective, rungs=settings.rungs())
                 for name, data in self.data.items()
             },
             name=self.sweep_id,
             data_uri=self.data_uri,
-            weights_digests={weights_key(settings.model): self.weights_digest},
+            weights_digests=self.weights_digests,
             placement=self.placement,
             storage=storage,
             concurrency=settings.search.max_concurrent,
@@ -532,13 +533,6 @@ def _outcome(action: Callable[..., T], *args: Any) -> T | str:
     except SSNError as error:
         # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
         return str(getattr(error, "cause", error))
-
-
-def load_weights_digest(model: ModelConfig) -> str:
-    """Of the weights as loaded. Calibration of random ones follows from them and the data, so it adds nothing."""
-    from ssn.backbone import load_backbone
-
-    return load_backbone(model).digest
 
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ssn.config import digest, flatten
+from ssn.config import digest, flatten, unflatten
 from ssn.errors import SSNError
-from tuning.space import Axis, FloatRange, SearchSpace, applies
+from tuning.space import Axis, CategorySpace, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value
 
 if TYPE_CHECKING:
     from ssn.data.reader import CategoryInfo
@@ -27,6 +27,7 @@ SuggestedBy = Literal["default", "champion", "transfer", "sampler"]
 MAX_TRANSFERS = 3
 """Trials per category that other categories' configurations may take, and never more than a quarter of its budget."""
 
+_NETWORK_KEYS = ("model.backbone", "model.layers")
 _OUTSIDE = object()
 
 
@@ -46,8 +47,6 @@ class Projection:
     params: dict[str, Any]
     outside: dict[str, Any]
     """Values of searched keys that the space does not hold."""
-    not_searched: dict[str, Any]
-    """Values in which the configuration differs from the base where nothing is searched."""
 
 
 def project(config: Mapping[str, Any], axes: Mapping[str, Axis], base: Mapping[str, Any]) -> Projection:
@@ -64,35 +63,37 @@ def project(config: Mapping[str, Any], axes: Mapping[str, Axis], base: Mapping[s
     params: dict[str, Any] = {}
     outside: dict[str, Any] = {}
     for key, axis in axes.items():
-        if key not in config or not applies(axis, {**base, **params}):
+        so_far = {**base, **params}
+        if not applies(axis, so_far):
+            continue
+        if isinstance(axis, Follows):
+            params[key] = as_plain(axis.value_for(so_far))
+            continue
+        if key not in config:
             continue
         value = _fit(axis, config[key])
         if value is _OUTSIDE:
             outside[key] = config[key]
         else:
             params[key] = value
-    not_searched = {
-        key: value for key, value in config.items() if key in base and key not in axes and value != base[key]
-    }
-    return Projection(params, outside, not_searched)
+    return Projection(params, outside)
 
 
-def _fit(axis: Axis, value: Any) -> Any:
+def _fit(axis: FloatRange | IntRange | Choice, value: Any) -> Any:
+    if not isinstance(axis, Choice):
+        if value not in axis:
+            return _OUTSIDE
+        return float(value) if isinstance(axis, FloatRange) else value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(axis, FloatRange):
-        return float(value) if value in axis else _OUTSIDE
-    plain = tuple(value) if isinstance(value, list) else value
-    if plain in axis.values:
-        chosen = axis.values[axis.values.index(plain)]
-    elif axis.ordered and number and axis.values[0] <= value <= axis.values[-1]:
-        chosen = min(axis.values, key=lambda v: abs(v - value))
-    else:
-        return _OUTSIDE
-    return list(chosen) if isinstance(chosen, tuple) else chosen
+    if as_value(value) in axis.values:
+        return as_plain(axis.values[axis.values.index(as_value(value))])
+    if axis.ordered and number and axis.values[0] <= value <= axis.values[-1]:
+        return min(axis.values, key=lambda v: abs(v - value))
+    return _OUTSIDE
 
 
 def champion_start(
-    find: Callable[[], ChampionOrigin], info: CategoryInfo, axes: Mapping[str, Axis], base: Mapping[str, Any]
+    find: Callable[[], ChampionOrigin], info: CategoryInfo, space: CategorySpace
 ) -> tuple[list[Start], list[str]]:
     """The registered champion's configuration, as far as this search can try it.
 
@@ -100,8 +101,7 @@ def champion_start(
         find: Looks the champion up.
         info: Of the category. A champion that was tuned on another split is left alone: its validation images may be
             test images now.
-        axes: Of the category.
-        base: Of the category.
+        space: Of the category.
 
     Returns:
         One start, or none where there is no champion or what is left of it is the base; and what to tell the user.
@@ -120,18 +120,20 @@ def champion_start(
             f"{category}: not started from its champion, which was tuned on another split (split_seed "
             f"{champion.split_seed}; here {info.split_seed})"
         ]
-    found = project(flatten(champion.config.resolved()), axes, base)
+    config = flatten(champion.config.resolved())
+    found = project(config, space.axes, space.base)
+    start = flatten(unflatten({**space.base, **found.params}).resolved())
+    not_searched = {key: value for key, value in config.items() if key not in space.axes and value != start[key]}
     notices = []
     if found.outside:
         notices.append(
             f"{category}: of its champion, {_listed(found.outside)} lies outside of the search space and is left out"
         )
-    if found.not_searched:
+    if not_searched:
         notices.append(
-            f"{category}: of its champion, {_listed(found.not_searched)} is not searched here; this sweep's setting "
-            "stands"
+            f"{category}: of its champion, {_listed(not_searched)} is not searched here; this sweep's setting stands"
         )
-    return ([] if _is_base(found.params, base) else [Start(found.params, "champion")]), notices
+    return ([] if _is_base(found.params, space.base) else [Start(found.params, "champion")]), notices
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -187,6 +189,8 @@ class Transfers:
         very configuration was tried; then the one that is best of more trials. All of these are ranks: a category in
         which every objective is high has no louder voice.
 
+        What was tried with another backbone is left out, unless that is searched: a noise sigma is good for one.
+
         Args:
             axes: Of the category that is to try them.
             base: Of that category; what is no different from it is left out.
@@ -198,6 +202,8 @@ class Transfers:
             if name == besides or group.best is None:
                 continue
             objective, config = group.best
+            if any(config.get(key) != base[key] for key in _NETWORK_KEYS if key not in axes):
+                continue
             params = project(config, axes, base).params
             beaten = group.default_objective is None or objective > group.default_objective
             if not beaten or _is_base(params, base):
@@ -234,29 +240,21 @@ def transfer_is_due(trials_per_category: int, *, started: int, transferred: int)
     return transferred < most and started * (most + 1) >= (transferred + 1) * trials_per_category
 
 
-def read_transfers(
-    runs: Sequence[RunRecord], space: SearchSpace, base: Mapping[str, Any], split_seeds: Mapping[str, int]
-) -> Transfers:
+def read_transfers(runs: Sequence[RunRecord], split_seeds: Mapping[str, int]) -> Transfers:
     """What earlier sweeps of a dataset found, from the tracker's runs.
 
     Args:
-        runs: Of the dataset. Complete trials of a search count, by their validation objective, if they had this
-            sweep's backbone or the backbone is searched: a good noise sigma is one for its backbone.
-        space: What is searched.
-        base: This sweep's configuration, flat.
+        runs: Of the dataset. Complete trials of a search count, by their validation objective.
         split_seeds: By category. Runs on other splits of these categories do not count: their validation images may be
             test images now.
     """
     transfers = Transfers()
-    same = {key: base[key] for key in ("model.backbone", "model.layers") if key not in space}
     for run in runs:
         if run.stage != "search" or run.trial_state != "COMPLETE" or "objective" not in run.metrics:
             continue
         if run.category in split_seeds and run.tags.get("split_seed") != str(split_seeds[run.category]):
             continue
         config = {key: _parse(text) for key, text in run.params.items()}
-        if any(config.get(key) != value for key, value in same.items()):
-            continue
         transfers.note(
             f"{run.tags['sweep_id']}/{run.category}",
             config,
@@ -276,8 +274,7 @@ def _parse(text: str) -> Any:
 
 def plan_starts(
     info: CategoryInfo,
-    axes: Mapping[str, Axis],
-    base: Mapping[str, Any],
+    space: CategorySpace,
     *,
     trials_per_category: int,
     find: Callable[[], ChampionOrigin] | None,
@@ -287,15 +284,15 @@ def plan_starts(
 
     Args:
         info: Of the category.
-        axes: Of the category.
-        base: Of the category.
+        space: Of the category.
         trials_per_category: Budget.
         find: Looks up the category's champion; None: not asked for.
         earlier: What earlier sweeps found; None: not asked for.
     """
-    starts, notices = ([], []) if find is None else champion_start(find, info, axes, base)
+    starts, notices = ([], []) if find is None else champion_start(find, info, space)
     seen = [start.params for start in starts]
-    for params in [] if earlier is None else earlier.ranked(axes, base)[: max_transfers(trials_per_category)]:
+    others = [] if earlier is None else earlier.ranked(space.axes, space.base)
+    for params in others[: max_transfers(trials_per_category)]:
         if params not in seen:
             starts.append(Start(params, "transfer"))
     return tuple(starts), notices

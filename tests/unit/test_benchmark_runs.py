@@ -248,7 +248,7 @@ def test_live_table_of_a_benchmark_has_no_best() -> None:
 
 def test_trial_that_is_not_ranked_reports_no_objective() -> None:
     features = plant_features()
-    context = TrialContext(data=SearchData(features.info, {}), objective=None, rung_epochs=())
+    context = TrialContext(data=SearchData(features.info, {}), objective=None, rungs=None)
     results: list[dict[str, Any]] = []
     run_trial(
         {"trial_key": "k", "category": "plate", "index": 0, "config": flatten(CONFIG)},

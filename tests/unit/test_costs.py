@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from ssn.config import Config, flatten
+from ssn.config import Config, flatten, unflatten
 from ssn.errors import SSNError
 from tuning.costs import (
-    affordable_axes,
     check_against,
     excesses,
     is_feasible,
+    limit_masks,
     measure_excess,
     needs_latency,
     shape_key,
     trial_cost,
 )
+from tuning.rungs import Rungs
 from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.settings import ObjectiveSettings, SweepSettings
-from tuning.space import Axis, Choice, FloatRange
+from tuning.space import Axis, CategorySpace, Choice, FloatRange
+from tuning.weights import weights_key
 from tuning.winner import TrialRecord, select_winner
 
 EPOCHS = 9
@@ -108,7 +111,7 @@ def test_meaningless_settings_are_refused(objective: dict[str, Any], message: st
 
 def test_latency_that_nothing_changes_is_refused() -> None:
     check_against(ObjectiveSettings(against="labels"), SPACE)
-    check_against(ObjectiveSettings(against="latency"), {**SPACE, "model.variant": Choice(("icpr", "jims"))})
+    check_against(ObjectiveSettings(against="latency"), {*SPACE, "model.variant"})
     with pytest.raises(SSNError, match=r"^objective.against is latency, but no searched setting changes the network's"):
         check_against(ObjectiveSettings(against="latency"), SPACE)
 
@@ -117,24 +120,26 @@ def test_latency_that_nothing_changes_is_refused() -> None:
 
 
 def test_ratios_beyond_the_bound_are_not_tried() -> None:
-    axes, notices = affordable_axes(SPACE, BASE, category="screw", num_masks=10, max_masks=3)
-    assert axes == {**SPACE, RATIO: Choice((0.0, 0.1, 0.2, 0.3))}
-    assert notices == []
-    assert affordable_axes(SPACE, BASE, category="screw", num_masks=10, max_masks=None) == (SPACE, [])
+    space = CategorySpace(BASE, SPACE, ("said before",))
+    assert limit_masks(space, "screw", 10, 3) == replace(space, axes={**SPACE, RATIO: Choice((0.0, 0.1, 0.2, 0.3))})
+    assert limit_masks(space, "screw", 10, None) == space
 
 
 def test_default_beyond_the_bound_is_tried_and_told_of() -> None:
-    axes, notices = affordable_axes(SPACE, {**BASE, RATIO: 1.0}, category="screw", num_masks=10, max_masks=1)
-    assert axes[RATIO] == Choice((0.0, 0.1, 1.0))
-    assert notices == ["screw: the default uses 10 masks, more than objective.max_masks=1, and so cannot win"]
+    found = limit_masks(CategorySpace({**BASE, RATIO: 1.0}, SPACE), "screw", 10, 1)
+    assert found.axes[RATIO] == Choice((0.0, 0.1, 1.0))
+    assert found.notices == ("screw: the default uses 10 masks, more than objective.max_masks=1, and so cannot win",)
 
 
 # Constraints in the studies.
 
 
+WEIGHTS = {weights_key(unflatten(BASE).model): "weights"}
+
+
 def searcher(trials: int, **options: Any) -> MultiplexSearcher:
     return MultiplexSearcher(
-        [CategorySearch("a", BASE, SPACE, "data", "weights", 0)],
+        [CategorySearch("a", BASE, SPACE, "data", WEIGHTS, 0)],
         sweep_id="sweep",
         trials_per_category=trials,
         **options,
@@ -214,7 +219,7 @@ class FakeTrial:
 
     def __init__(self, trial_id: str, index: int = 1) -> None:
         self.trial_id = trial_id
-        self.config = {"category": "screw", "index": index}
+        self.config = {"category": "screw", "index": index, "config": {"train.epochs": EPOCHS}}
 
 
 def report(sched: MultiplexScheduler, name: str, epoch: int, *, index: int = 1, **metrics: float) -> str:
@@ -223,7 +228,7 @@ def report(sched: MultiplexScheduler, name: str, epoch: int, *, index: int = 1, 
 
 
 def test_infeasible_trial_is_stopped_at_once_but_for_the_default() -> None:
-    sched = MultiplexScheduler(max_epochs=9, grace=3, eta=3)
+    sched = MultiplexScheduler(Rungs(3, 3))
     assert report(sched, "dear", 1, excess_max_masks=0.1) == TrialScheduler.STOP
     assert report(sched, "default", 1, index=0, excess_max_masks=0.1) == TrialScheduler.CONTINUE
     assert report(sched, "default", 3, index=0, objective=0.99, excess_max_masks=0.1) == TrialScheduler.CONTINUE
@@ -243,7 +248,7 @@ def test_cheaper_trials_are_not_held_against_dearer_ones_even_after_a_restore() 
         def recorded_metrics(self, trial_id: str) -> dict[str, float]:
             return {**labels} if trial_id == "dear" else {}
 
-    sched = MultiplexScheduler(max_epochs=9, grace=1, eta=3, against="labels", history=History())
+    sched = MultiplexScheduler(Rungs(1, 3), against="labels", history=History())
     sched.on_trial_add(None, FakeTrial("dear"))  # type: ignore[arg-type]
     assert report(sched, "cheap", 1, objective=0.1, masks_used=3, weak_labels_used=4) == TrialScheduler.CONTINUE
     assert report(sched, "equal", 1, objective=0.2, masks_used=3, weak_labels_used=5) == TrialScheduler.STOP

@@ -16,6 +16,7 @@ from tests.planted_features import CONFIG, plant_features, with_train
 from tuning import latency
 from tuning.latency import MAX_RUNS, MIN_RUNS, WARM_UP_RUNS, measure_latency_ms
 from tuning.objective import TrialContext, run_trial
+from tuning.rungs import Rungs
 from tuning.settings import ObjectiveSettings
 from tuning.train_worker import _latency_ms
 
@@ -58,7 +59,7 @@ def test_real_network_takes_time(tiny_config: Config) -> None:
 
 
 def context(data: SearchData, **objective: Any) -> TrialContext:
-    return TrialContext(data=data, objective=ObjectiveSettings(**objective), rung_epochs=())
+    return TrialContext(data=data, objective=ObjectiveSettings(**objective), rungs=Rungs())
 
 
 def test_trial_measures_only_where_it_is_asked_and_nobody_has(

@@ -11,13 +11,13 @@ from typing import Any
 import optuna
 import pytest
 
-from ssn.config import Config, SynthesisConfig, TrainConfig, flatten, unflatten
+from ssn.config import Config, ModelConfig, SynthesisConfig, TrainConfig, flatten, unflatten
 from ssn.data.reader import CategoryInfo
 from ssn.errors import SSNError
 from tests.planted_features import plant_features
 from tuning.champions import ChampionOrigin, NoChampionError
 from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Axis, Choice, FloatRange
+from tuning.space import Axis, CategorySpace, Choice, Condition, FloatRange, Follows, IntRange
 from tuning.tracking import RunRecord
 from tuning.warm_start import (
     MAX_TRANSFERS,
@@ -30,6 +30,7 @@ from tuning.warm_start import (
     read_transfers,
     transfer_is_due,
 )
+from tuning.weights import weights_key
 
 EPOCHS = 9
 SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"
@@ -38,9 +39,10 @@ AXES: dict[str, Axis] = {
     SIGMA: FloatRange(1e-3, 0.3, log=True),
     THRESHOLD: FloatRange(0.0, 0.7),
     RATIO: Choice((0.0, 0.25, 0.5, 0.75, 1.0)),
-    WEAK: Choice(("drop", "use"), ratio_below=0.875),
+    WEAK: Choice(("drop", "use"), when=(Condition(RATIO, "<", (0.875,)),)),
 }
 BASE = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
+SPACE = CategorySpace(BASE, AXES)
 INFO: CategoryInfo = plant_features().info
 
 
@@ -90,10 +92,15 @@ def test_lists_stay_lists() -> None:
     assert project({"data.image_size": [128, 128]}, axes, BASE).params == {"data.image_size": [128, 128]}
 
 
-def test_what_is_not_searched_is_told() -> None:
-    found = project({**BASE, "model.variant": "jims", SIGMA: 0.1}, AXES, BASE)
-    assert found.not_searched == {"model.variant": "jims"}
-    assert found.params[SIGMA] == 0.1
+def test_whole_numbers_and_settings_that_follow_others() -> None:
+    axes: dict[str, Axis] = {
+        "train.batch_size": IntRange(8, 32, step=8),
+        "model.variant": Choice(("icpr", "jims")),
+        "data.antialias": Follows("model.variant", (("icpr", False), ("jims", True))),
+    }
+    found = project({"train.batch_size": 16, "model.variant": "jims", "data.antialias": False}, axes, BASE)
+    assert found.params == {"train.batch_size": 16, "model.variant": "jims", "data.antialias": True}
+    assert project({"train.batch_size": 12}, axes, BASE).outside == {"train.batch_size": 12}
 
 
 def test_projection_always_gives_a_configuration_of_the_space() -> None:
@@ -124,14 +131,14 @@ def champion(config: Config, split_seed: str | None = "0") -> Callable[[], Champ
 
 def test_champion_is_a_start() -> None:
     config = Config(synthesis=SynthesisConfig(noise_sigma=0.1), train=TrainConfig(epochs=EPOCHS, supervision_ratio=1.0))
-    starts, notices = champion_start(champion(config), INFO, AXES, BASE)
+    starts, notices = champion_start(champion(config), INFO, SPACE)
     assert starts == [Start({SIGMA: 0.1, THRESHOLD: 0.2, RATIO: 1.0}, "champion")]
     assert notices == []
 
 
 def test_what_is_left_out_of_a_champion_is_said() -> None:
     config = Config(synthesis=SynthesisConfig(noise_sigma=0.5, perlin_threshold=0.6), train=TrainConfig(epochs=3))
-    starts, notices = champion_start(champion(config), INFO, AXES, BASE)
+    starts, notices = champion_start(champion(config), INFO, SPACE)
     assert starts == [Start({THRESHOLD: 0.6, RATIO: 0.0, WEAK: "drop"}, "champion")]
     assert notices == [
         "plate: of its champion, synthesis.noise_sigma=0.5 lies outside of the search space and is left out",
@@ -139,8 +146,20 @@ def test_what_is_left_out_of_a_champion_is_said() -> None:
     ]
 
 
+def test_what_the_base_leaves_to_the_variant_is_no_difference() -> None:
+    space = CategorySpace(flatten(Config(train=TrainConfig(epochs=EPOCHS))), AXES)
+    assert space.base["data.antialias"] is None
+    config = Config(model=ModelConfig(variant="jims"), train=TrainConfig(epochs=EPOCHS, supervision_ratio=1.0))
+    starts, notices = champion_start(champion(config), INFO, space)
+    assert starts[0].params[RATIO] == 1.0
+    (notice,) = notices
+    assert "model.variant=jims" in notice
+    jims = CategorySpace(space.base, {**AXES, "model.variant": Choice(("icpr", "jims"))})
+    assert champion_start(champion(config), INFO, jims)[1] == []
+
+
 def test_champion_with_the_default_settings_is_no_start() -> None:
-    assert champion_start(champion(Config(train=TrainConfig(epochs=EPOCHS))), INFO, AXES, BASE) == ([], [])
+    assert champion_start(champion(Config(train=TrainConfig(epochs=EPOCHS))), INFO, SPACE) == ([], [])
 
 
 def test_no_champion_is_nothing_to_speak_of_and_a_lost_one_is() -> None:
@@ -150,8 +169,8 @@ def test_no_champion_is_nothing_to_speak_of_and_a_lost_one_is() -> None:
     def lost() -> ChampionOrigin:
         raise SSNError("the champion has no configuration any more")
 
-    assert champion_start(none, INFO, AXES, BASE) == ([], [])
-    assert champion_start(lost, INFO, AXES, BASE) == (
+    assert champion_start(none, INFO, SPACE) == ([], [])
+    assert champion_start(lost, INFO, SPACE) == (
         [],
         ["plate: not started from its champion: the champion has no configuration any more"],
     )
@@ -159,7 +178,7 @@ def test_no_champion_is_nothing_to_speak_of_and_a_lost_one_is() -> None:
 
 def test_champion_of_another_split_is_left_alone() -> None:
     config = Config(synthesis=SynthesisConfig(noise_sigma=0.1))
-    starts, notices = champion_start(champion(config, split_seed="7"), INFO, AXES, BASE)
+    starts, notices = champion_start(champion(config, split_seed="7"), INFO, SPACE)
     assert starts == []
     assert notices == ["plate: not started from its champion, which was tuned on another split (split_seed 7; here 0)"]
 
@@ -244,17 +263,17 @@ def earlier_runs() -> list[RunRecord]:
 
 
 def test_earlier_sweeps_count_by_validation_alone() -> None:
-    found = read_transfers(earlier_runs(), AXES, BASE, {"bolt": 0})
+    found = read_transfers(earlier_runs(), {"bolt": 0})
     assert sigmas(found.ranked(AXES, BASE)) == [0.1], "not the pruned one, nor the one with the best test score"
 
 
 def test_earlier_sweeps_of_another_split_or_backbone_do_not_count() -> None:
-    assert read_transfers(earlier_runs(), AXES, BASE, {"bolt": 1}).ranked(AXES, BASE) == []
-    assert read_transfers(earlier_runs(), AXES, BASE, {"nut": 1}).ranked(AXES, BASE) != []
+    assert read_transfers(earlier_runs(), {"bolt": 1}).ranked(AXES, BASE) == []
+    assert read_transfers(earlier_runs(), {"nut": 1}).ranked(AXES, BASE) != []
     other = {**BASE, "model.backbone": "resnet18"}
-    assert read_transfers(earlier_runs(), AXES, other, {"bolt": 0}).ranked(AXES, other) == []
+    assert read_transfers(earlier_runs(), {"bolt": 0}).ranked(AXES, other) == []
     space = {**AXES, "model.backbone": Choice(("resnet18", BASE["model.backbone"]))}
-    assert read_transfers(earlier_runs(), space, other, {"bolt": 0}).ranked(space, other) != []
+    assert read_transfers(earlier_runs(), {"bolt": 0}).ranked(space, other) != []
 
 
 def test_starts_are_the_champion_then_what_others_found_each_once() -> None:
@@ -262,7 +281,7 @@ def test_starts_are_the_champion_then_what_others_found_each_once() -> None:
     config = Config(synthesis=SynthesisConfig(noise_sigma=0.1), train=TrainConfig(epochs=EPOCHS))
 
     def planned(budget: int, *, find: Any, earlier: Transfers | None) -> list[tuple[Any, ...]]:
-        starts, notices = plan_starts(INFO, AXES, BASE, trials_per_category=budget, find=find, earlier=earlier)
+        starts, notices = plan_starts(INFO, SPACE, trials_per_category=budget, find=find, earlier=earlier)
         assert notices == []
         return [(s.suggested_by, s.params[SIGMA]) for s in starts]
 
@@ -277,10 +296,13 @@ def test_starts_are_the_champion_then_what_others_found_each_once() -> None:
 # In the searcher.
 
 
+WEIGHTS = {weights_key(unflatten(BASE).model): "weights"}
+
+
 def searcher(names: str, trials: int, *, starts: tuple[Start, ...] = (), **options: Any) -> MultiplexSearcher:
     axes = {SIGMA: AXES[SIGMA], THRESHOLD: AXES[THRESHOLD]}
     return MultiplexSearcher(
-        [CategorySearch(n, BASE, axes, f"data of {n}", "weights", 0, starts) for n in names],
+        [CategorySearch(n, BASE, axes, f"data of {n}", WEIGHTS, 0, starts) for n in names],
         sweep_id="sweep",
         trials_per_category=trials,
         **options,
