@@ -56,6 +56,17 @@ def sweep(
         bool,
         typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
     ] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Also try what did best in other categories (search.transfer).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="labels|latency",
+            help="Weigh the objective against this cost: a front per category (objective.against).",
+        ),
+    ] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
     tracking_uri: TrackingOption = None,
@@ -81,6 +92,10 @@ def sweep(
         sets.append(f"search.trials={trials}")
     if shared:
         sets.append("search.shared=true")
+    if transfer:
+        sets.append("search.transfer=true")
+    if against is not None:
+        sets.append(f"objective.against={against}")
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
     defaults = read_defaults(data, name, categories)
