@@ -15,6 +15,7 @@ import torch
 from ssn.backbone import Backbone
 from ssn.config import unflatten
 from ssn.data.reader import CategoryInfo, SearchData
+from ssn.distributed import ALONE, Workers
 from ssn.engine import EpochReport, choose_supervision, fit
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, prepare_backbone
@@ -121,6 +122,7 @@ def run_trial(
     report: ReportResult,
     resume_from: Path | None,
     device: str,
+    workers: Workers = ALONE,
 ) -> None:
     """Train one configuration and report every epoch.
 
@@ -133,6 +135,7 @@ def run_trial(
             and, at rungs and at the end, ``objective`` where the context has one.
         resume_from: Checkpoint folder of an earlier attempt.
         device: Where to train.
+        workers: Those who train the trial together; each calls this.
 
     Raises:
         SSNError: training diverged.
@@ -164,7 +167,15 @@ def run_trial(
         else:
             report(result, None)
 
-    fit(config, features, report=on_epoch, resume_from=resume_from, pixel_epochs=context.rung_epochs, device=device)
+    fit(
+        config,
+        features,
+        report=on_epoch,
+        resume_from=resume_from,
+        pixel_epochs=context.rung_epochs,
+        device=device,
+        workers=workers,
+    )
 
 
 def use_threads(cpus: float) -> None:
