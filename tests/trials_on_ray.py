@@ -20,7 +20,7 @@ from ssn.data.reader import open_search_data
 from tuning.interrupt import StopFlag
 from tuning.objective import TrialContext
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Placement, weights_key
+from tuning.train_worker import Finish, Placement, weights_key
 from tuning.tune_run import open_storage, run_tune
 
 
@@ -69,7 +69,7 @@ class Watch(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.trials[trial.trial_id].results.append(dict(result))
+        self.trials[trial.trial_id].results.append(result | {"received_s": time.time()})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.trials[trial.trial_id].ended_s = time.time()
@@ -94,7 +94,7 @@ def run_trials(
     name: str,
     watch: Watch | None = None,
     rung_epochs: tuple[int, ...] = (),
-    concurrency: int = 1,
+    finish: Finish | None = None,
 ) -> list[Watched]:
     """Train configurations of one backbone and give what became of each, in order."""
     watch = watch or Watch()
@@ -115,7 +115,8 @@ def run_trials(
         weights_digests={weights_key(model): load_backbone(model).digest},
         placement=placement,
         storage=open_storage(out),
-        concurrency=concurrency,
+        concurrency=1,
         stop=StopFlag(),
+        finish=finish,
     )
     return list(watch.trials.values())

@@ -1,7 +1,7 @@
 """Where a trial runs: in Tune's own trial process, or in a Ray Train worker group that the trial starts.
 
-Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A group's
-driver does nothing but wait, so it asks for next to no CPU; one that held a CPU would keep it from its own workers.
+Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A trial with a
+group does nothing but watch it, so it asks for next to no CPU.
 """
 
 from __future__ import annotations
@@ -89,30 +89,25 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     The group's run is named after the trial, so that it resumes by itself from its own last checkpoint.
     """
     from ray import train, tune
-    from ray.train.data_parallel_trainer import DataParallelTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
 
-    from tuning.worker_group import GroupConfig
+    from tuning.worker_group import run_worker_group
 
     placement = setup.placement
-    DataParallelTrainer(
+    run_worker_group(
         _train_in_worker,
-        train_loop_config={"trial": dict(trial), "setup": setup},
-        scaling_config=train.ScalingConfig(
+        {"trial": dict(trial), "setup": setup},
+        scaling=train.ScalingConfig(
             num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
         ),
-        backend_config=GroupConfig(),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
             storage_path=setup.storage_path,
             storage_filesystem=setup.storage_filesystem,
-            # Train's second version, which ray.train is at run time and not yet for type checkers
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             # a controller that may fail for ever never tells Tune that its trial has failed
             failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
         ),
-    ).fit()
+    )
 
 
 def _train_in_worker(config: dict[str, Any]) -> None:

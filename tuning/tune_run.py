@@ -85,7 +85,10 @@ def run_tune(
             {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
         )
     else:
-        trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
+        trainable = tune.with_resources(
+            tune.with_parameters(train_in_worker_group, setup=setup),
+            tune.PlacementGroupFactory([{"CPU": DRIVER_CPU}, *[placement.per_worker] * placement.num_workers]),
+        )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -93,7 +96,7 @@ def run_tune(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=min(fits, concurrency or fits),
-            reuse_actors=placement.num_workers == 0,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=name,
