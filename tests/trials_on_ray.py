@@ -14,14 +14,15 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from ssn.backbone import load_backbone
 from ssn.config import Config, flatten
 from ssn.data.reader import open_search_data
 from tuning.interrupt import StopFlag
 from tuning.objective import TrialContext
+from tuning.rungs import Rungs
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Finish, Placement, weights_key
+from tuning.train_worker import Finish, Placement
 from tuning.tune_run import open_storage, run_tune
+from tuning.weights import load_weights_digests
 
 
 class GivenTrials(Searcher):
@@ -93,12 +94,11 @@ def run_trials(
     out: Path,
     name: str,
     watch: Watch | None = None,
-    rung_epochs: tuple[int, ...] = (),
+    rungs: Rungs | None = None,
     finish: Finish | None = None,
 ) -> list[Watched]:
     """Train configurations of one backbone and give what became of each, in order."""
     watch = watch or Watch()
-    model = configs[0].model
     run_tune(
         GivenTrials(configs, category),
         FIFOScheduler(),
@@ -107,12 +107,12 @@ def run_trials(
             category: TrialContext(
                 data=open_search_data(data_uri, dataset, category),
                 objective=ObjectiveSettings(),
-                rung_epochs=rung_epochs,
+                rungs=rungs,
             )
         },
         name=name,
         data_uri=data_uri,
-        weights_digests={weights_key(model): load_backbone(model).digest},
+        weights_digests=load_weights_digests(config.model for config in configs),
         placement=placement,
         storage=open_storage(out),
         concurrency=1,

@@ -20,6 +20,7 @@ from ssn.engine import EpochReport, choose_supervision, fit
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, prepare_backbone
 from ssn.streaming import prepare_features
+from tuning.rungs import Rungs
 from tuning.settings import ObjectiveSettings
 
 MEAN_METRIC = "mean(image_auroc, pixel_ap)"
@@ -35,8 +36,12 @@ class TrialContext:
     data: SearchData
     objective: ObjectiveSettings | None
     """None: trials are not ranked, as in a benchmark, whose data may have no validation split."""
-    rung_epochs: tuple[int, ...]
-    """Epochs at which trials are compared, before the last."""
+    rungs: Rungs | None
+    """When trials are compared, before their last epoch; None: never."""
+
+    def rung_epochs(self, epochs: int) -> tuple[int, ...]:
+        """Epochs at which a trial of so many is compared with others, before the last."""
+        return () if self.rungs is None else self.rungs.epochs(epochs)
 
 
 def masks_available(info: CategoryInfo) -> bool:
@@ -144,6 +149,7 @@ def run_trial(
     has_masks = masks_available(context.data.info)
     supervision = choose_supervision(config, features.pool)
     masks_used = len(supervision.used)
+    rung_epochs = context.rung_epochs(config.train.epochs)
 
     def on_epoch(epoch: EpochReport, save: Callable[..., None]) -> None:
         result: dict[str, Any] = {
@@ -156,7 +162,7 @@ def run_trial(
             **epoch.metrics,
         }
         last = epoch.epoch == config.train.epochs
-        if last or epoch.epoch in context.rung_epochs:
+        if last or epoch.epoch in rung_epochs:
             if context.objective is not None:
                 objective = compute_objective(
                     context.objective, epoch.metrics, has_masks=has_masks, masks_used=masks_used
@@ -172,7 +178,7 @@ def run_trial(
         features,
         report=on_epoch,
         resume_from=resume_from,
-        pixel_epochs=context.rung_epochs,
+        pixel_epochs=rung_epochs,
         device=device,
         workers=workers,
     )

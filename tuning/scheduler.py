@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from ssn.errors import SSNError
+from tuning.rungs import Rungs
+from tuning.space import EPOCHS_KEY
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -30,35 +31,8 @@ class ObjectiveHistory(Protocol):
         ...
 
 
-def rung_epochs(max_epochs: int, grace: int, eta: int) -> tuple[int, ...]:
-    """Epochs before the last at which a trial may be stopped: grace, grace*eta, grace*eta^2, ...
-
-    Trials report an objective at these epochs and at ``max_epochs``, which is not one of them.
-
-    Args:
-        max_epochs: The full budget.
-        grace: Epochs that every trial gets.
-        eta: Of the trials that reach a rung, about one in ``eta`` goes on.
-
-    Raises:
-        SSNError: a value is out of range.
-    """
-    if max_epochs < 1:
-        raise SSNError(f"max_epochs is {max_epochs}, but must be at least 1")
-    if grace < 1:
-        raise SSNError(f"the scheduler's grace is {grace} epochs, but must be at least 1")
-    if eta < 2:
-        raise SSNError(f"the scheduler's eta is {eta}, but must be at least 2")
-    rungs: list[int] = []
-    epoch = grace
-    while epoch < max_epochs:
-        rungs.append(epoch)
-        epoch *= eta
-    return tuple(rungs)
-
-
 class MultiplexScheduler(FIFOScheduler):
-    """Compares a trial only with trials of its own category, at the same epoch.
+    """Compares a trial only with trials of its own category and of as many epochs, at the same epoch.
 
     A report without an objective never stops a trial, nor does any report at the last epoch. A trial whose objective is
     not finite is stopped at once, whatever the epoch below the last, and counts as the worst of its rung.
@@ -66,23 +40,15 @@ class MultiplexScheduler(FIFOScheduler):
     Tune restores a scheduler empty; with a ``history``, the rungs are filled again as restored trials are added.
 
     Args:
-        max_epochs: The full budget.
-        grace: See :func:`rung_epochs`.
-        eta: See :func:`rung_epochs`.
+        rungs: When trials are compared.
         history: Usually the searcher of the same run.
-
-    Raises:
-        SSNError: a value is out of range.
     """
 
-    def __init__(self, *, max_epochs: int, grace: int, eta: int = 3, history: ObjectiveHistory | None = None) -> None:
+    def __init__(self, rungs: Rungs, *, history: ObjectiveHistory | None = None) -> None:
         super().__init__()
-        rung_epochs(max_epochs, grace, eta)  # refuses what is out of range
-        self._max_epochs = max_epochs
-        self._grace = grace
-        self._eta = eta
+        self._rungs = rungs
         self._history = history
-        self._by_category: dict[str, AsyncHyperBandScheduler] = {}
+        self._by_group: dict[tuple[str, int], AsyncHyperBandScheduler] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Refuse another metric or mode in ``TuneConfig``; ours are fixed."""
@@ -94,13 +60,13 @@ class MultiplexScheduler(FIFOScheduler):
         asha.on_trial_add(tune_controller, trial)
         if self._history is not None:
             for epoch, objective in sorted(self._history.recorded_objectives(trial.trial_id).items()):
-                if epoch < self._max_epochs:
+                if epoch < max_epochs(trial):
                     asha.on_trial_result(tune_controller, trial, _as_result(epoch, objective))
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """``STOP`` or ``CONTINUE``."""
         epoch, objective = result.get(TIME_ATTR), result.get(METRIC)
-        if epoch is None or objective is None or epoch >= self._max_epochs:
+        if epoch is None or objective is None or epoch >= max_epochs(trial):
             return str(self.CONTINUE)
         action = self._asha(trial).on_trial_result(tune_controller, trial, _as_result(epoch, objective))
         return str(action if math.isfinite(objective) else self.STOP)
@@ -110,31 +76,39 @@ class MultiplexScheduler(FIFOScheduler):
         self._asha(trial).on_trial_remove(tune_controller, trial)
 
     def debug_string(self) -> str:
-        """One line per category."""
-        return "\n".join(f"{category}: {asha.debug_string()}" for category, asha in self._by_category.items())
+        """One line per category and number of epochs."""
+        return "\n".join(
+            f"{category}, {epochs} epochs: {asha.debug_string()}" for (category, epochs), asha in self._by_group.items()
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Pickle the rungs' records."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self._by_category))
+        Path(checkpoint_path).write_bytes(pickle.dumps(self._by_group))
 
     def restore(self, checkpoint_path: str) -> None:
         """Take up records saved by :meth:`save`."""
-        self._by_category = pickle.loads(Path(checkpoint_path).read_bytes())
+        self._by_group = pickle.loads(Path(checkpoint_path).read_bytes())
 
     def _asha(self, trial: Trial) -> AsyncHyperBandScheduler:
-        category = trial.config["category"]
-        if category not in self._by_category:
-            self._by_category[category] = AsyncHyperBandScheduler(
+        epochs = max_epochs(trial)
+        group = (trial.config["category"], epochs)
+        if group not in self._by_group:
+            self._by_group[group] = AsyncHyperBandScheduler(
                 time_attr=TIME_ATTR,
                 metric=METRIC,
                 mode="max",
-                max_t=self._max_epochs,
-                grace_period=min(self._grace, self._max_epochs),
-                reduction_factor=self._eta,
+                max_t=epochs,
+                grace_period=min(self._rungs.grace(epochs), epochs),
+                reduction_factor=self._rungs.eta,
                 # Otherwise it stops a trial in the middle of its last report, before it has cleaned up.
                 stop_last_trials=False,
             )
-        return self._by_category[category]
+        return self._by_group[group]
+
+
+def max_epochs(trial: Trial) -> int:
+    """A trial's full budget."""
+    return int(trial.config["config"][EPOCHS_KEY])
 
 
 def _as_result(epoch: int, objective: float) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from ssn.config import digest, trial_identity, unflatten
+from ssn.config import digest, flatten, trial_identity, unflatten
 from ssn.errors import SSNError
-from tuning.space import Axis, FloatRange, applies, validate_space
+from tuning.space import Axis, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value, validate_space
+from tuning.weights import weights_key
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
@@ -39,29 +40,42 @@ class CategorySearch:
 
     category: str
     base: Mapping[str, Any]
-    """Flat configuration; trial 0 is this, unchanged, and later trials replace the searched keys."""
+    """Flat configuration; trial 0 is this, and later trials replace the searched keys."""
     space: Mapping[str, Axis]
     """As :func:`tuning.space.resolve_space` returns it."""
     search_fingerprint: str
-    weights_digest: str
+    weights_digests: Mapping[str, str]
+    """Of every backbone that a trial may load, by :func:`tuning.weights.weights_key`."""
     split_seed: int
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
+        built = unflatten(config)
         return trial_identity(
-            unflatten(config),
+            built,
             search_fingerprint=self.search_fingerprint,
-            weights_digest=self.weights_digest,
+            weights_digest=self.weights_digests[weights_key(built.model)],
             split_seed=self.split_seed,
         )
+
+    def config(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's configuration; what the base leaves to the variant is filled in."""
+        return flatten(unflatten({**self.base, **params}).resolved())
+
+    def tags(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """What a trial's run says of its backbone where the search tries several."""
+        if len(self.weights_digests) == 1:
+            return {}
+        model = unflatten(config).model
+        return {"backbone": model.backbone, "backbone_digest": self.weights_digests[weights_key(model)]}
 
 
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config"}``, all plain. The first of every category is its base
-    configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's result and
-    asked anew, without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain. The first of every category is
+    its base configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's
+    result and asked anew, without a run and without counting against the budget.
 
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
     Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
@@ -145,6 +159,10 @@ class MultiplexSearcher(Searcher):
             sum(r.state != "running" for r in self._by_category[c]) >= self.expected_trials(c) for c in self._categories
         )
 
+    def identity(self, category: str, config: Mapping[str, Any]) -> str:
+        """Identity of the trial that trains with a flat configuration on a category."""
+        return self._categories[category].identity(config)
+
     def study(self, category: str) -> optuna.Study:
         """The category's Optuna study."""
         return self._studies[category]
@@ -181,6 +199,7 @@ class MultiplexSearcher(Searcher):
                     "category": category,
                     "index": record.index,
                     "config": dict(record.config),
+                    "tags": self._categories[category].tags(record.config),
                 }
             self._exhausted.add(category)
             self.notices.append(
@@ -279,7 +298,7 @@ class MultiplexSearcher(Searcher):
             study.enqueue_trial(_encode(search.space, search.base))
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
-            config = {**search.base, **params}
+            config = search.config(params)
             key = search.identity(config)
             asked.set_user_attr("trial_key", key)
             asked.set_user_attr("params", params)
@@ -307,7 +326,10 @@ class MultiplexSearcher(Searcher):
         params: dict[str, Any] = {}
         for key, axis in search.space.items():
             if applies(axis, {**search.base, **params}):
-                params[key] = _suggest(asked, key, axis)
+                if isinstance(axis, Follows):
+                    params[key] = as_plain(axis.value_for({**search.base, **params}))
+                else:
+                    params[key] = _suggest(asked, key, axis)
         return asked, params
 
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
@@ -392,26 +414,28 @@ def _index_name(key: str) -> str:
     return f"{key}[index]"
 
 
-def _suggest(asked: optuna.Trial, key: str, axis: Axis) -> Any:
+def _suggest(asked: optuna.Trial, key: str, axis: FloatRange | IntRange | Choice) -> Any:
     """One value; ordered choices are drawn as positions, so that the sampler knows which values are neighbours."""
     if isinstance(axis, FloatRange):
         return asked.suggest_float(key, axis.low, axis.high, log=axis.log)
+    if isinstance(axis, IntRange):
+        return asked.suggest_int(key, axis.low, axis.high, step=axis.step, log=axis.log)
     if axis.ordered:
         position = asked.suggest_int(_index_name(key), 0, len(axis.values) - 1)
     else:
         position = asked.suggest_categorical(_index_name(key), range(len(axis.values)))
-    value = axis.values[position]
-    return list(value) if isinstance(value, tuple) else value
+    return as_plain(axis.values[position])
 
 
 def _encode(space: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
     for key, axis in space.items():
-        if not applies(axis, config):
+        if isinstance(axis, Follows) or not applies(axis, config):
             continue
         if isinstance(axis, FloatRange):
             encoded[key] = float(config[key])
+        elif isinstance(axis, IntRange):
+            encoded[key] = int(config[key])
         else:
-            value = config[key]
-            encoded[_index_name(key)] = axis.values.index(tuple(value) if isinstance(value, list) else value)
+            encoded[_index_name(key)] = axis.values.index(as_value(config[key]))
     return encoded

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssn.config import ModelConfig, unflatten
+from ssn.config import unflatten
 from ssn.distributed import ALONE, Workers
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
+from tuning.weights import weights_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ class WorkerSetup:
     """By category."""
     data_uri: str
     weights_digests: Mapping[str, str]
-    """SHA-256 of the backbone's weights, by :func:`weights_key`."""
+    """SHA-256 of the backbone's weights, by :func:`tuning.weights.weights_key`."""
     store_name: str
     """Of the feature store's actor."""
     namespace: str
@@ -68,11 +69,6 @@ class WorkerSetup:
     storage_filesystem: pyarrow.fs.FileSystem | None
     finish: Finish | None = None
     """Called with each finished model where it was trained; a search has none."""
-
-
-def weights_key(model: ModelConfig) -> str:
-    """Equal for backbones that load the same weights."""
-    return f"{model.backbone}|{model.weights}|{list(model.layers)}"
 
 
 def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:

@@ -29,11 +29,14 @@ from ray import tune
 
 from ssn.config import Config, flatten
 from tuning.progress import ProgressCallback
-from tuning.scheduler import MultiplexScheduler, rung_epochs
+from tuning.rungs import Rungs, rung_epochs
+from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher, searcher_of
 from tuning.space import Choice, FloatRange
+from tuning.weights import weights_key
 
 EPOCHS, GRACE, ETA, TRIALS = 9, 1, 3, 6
+WEIGHTS = {weights_key(Config().model): "weights"}
 CATEGORIES = ("screw", "tile", "wood")
 FAILS_ONCE = ("tile", 0)
 """Category and index of the trial that raises at its third epoch in the first run, and not after a restore."""
@@ -104,13 +107,13 @@ def main(folder: str, mode: str) -> None:
     if mode == "restore":
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
     else:
-        base = flatten(Config()) | {"train.epochs": EPOCHS}
+        base = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
         space = {
             "synthesis.noise_sigma": FloatRange(1e-3, 0.3, log=True),
             "train.supervision_ratio": Choice((0.0, 0.5, 1.0)),
         }
         searcher = MultiplexSearcher(
-            [CategorySearch(c, base, space, f"data of {c}", "weights", 0) for c in CATEGORIES],
+            [CategorySearch(c, base, space, f"data of {c}", WEIGHTS, 0) for c in CATEGORIES],
             sweep_id="replayed",
             trials_per_category=TRIALS,
         )
@@ -118,7 +121,7 @@ def main(folder: str, mode: str) -> None:
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=MultiplexScheduler(max_epochs=EPOCHS, grace=GRACE, eta=ETA, history=searcher),
+                scheduler=MultiplexScheduler(Rungs(GRACE, ETA), history=searcher),
                 num_samples=-1,
                 max_concurrent_trials=2,
                 reuse_actors=True,

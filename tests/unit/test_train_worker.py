@@ -17,7 +17,8 @@ from tuning import objective, train_worker
 from tuning.feature_store import FeatureStore
 from tuning.objective import TrialContext, run_trial
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Placement, WorkerSetup, weights_key
+from tuning.train_worker import Placement, WorkerSetup
+from tuning.weights import weights_key
 
 
 class Actor:
@@ -60,7 +61,7 @@ def run(
     for name in ("get_actor", "put", "get"):
         monkeypatch.setattr(ray, name, getattr(fake, name))
     context = TrialContext(
-        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rung_epochs=()
+        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rungs=None
     )
     setup = WorkerSetup(
         contexts={"widget": context},
