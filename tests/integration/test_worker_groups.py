@@ -52,7 +52,8 @@ class Killer(Watch):
 def run(name, num_workers, watch=None):
     (trial,) = run_trials(
         [config], data_uri=data_uri, dataset="tiny", category="widget", out=folder / "runs", name=name, watch=watch,
-        placement=Placement(num_workers=num_workers, use_gpu=False, cpus=1.0, gpus=0.0), rungs=Rungs(grace_epochs=rung, eta=3),
+        placement=Placement(num_workers=num_workers, use_gpu=False, cpus=1.0, gpus=0.0),
+        rungs=Rungs(grace_epochs=rung, eta=3),
     )
     keep = lambda r: {k: v for k, v in r.items() if k in ("epoch", "objective", "train_loss") or k.startswith("val_")}
     return {"failed": trial.failed, "results": [keep(r) for r in trial.results if "epoch" in r]}
