@@ -1,7 +1,7 @@
 """Where a trial runs: in Tune's own trial process, or in a Ray Train worker group that the trial starts.
 
-Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A trial with a
-group does nothing but watch it, so it asks for next to no CPU.
+Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A group's
+driver does nothing but wait, so it asks for next to no CPU; one that held a CPU would keep it from its own workers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
-from ssn.distributed import ALONE, Workers
+from ssn.distributed import ALONE, TIMEOUT, ProcessGroup, Workers
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 from tuning.weights import weights_key
@@ -85,37 +85,42 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     The group's run is named after the trial, so that it resumes by itself from its own last checkpoint.
     """
     from ray import train, tune
-
-    from tuning.worker_group import run_worker_group
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     placement = setup.placement
-    run_worker_group(
+    TorchTrainer(
         _train_in_worker,
-        {"trial": dict(trial), "setup": setup},
-        scaling=train.ScalingConfig(
+        train_loop_config={"trial": dict(trial), "setup": setup},
+        scaling_config=train.ScalingConfig(
             num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
         ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
             storage_path=setup.storage_path,
             storage_filesystem=setup.storage_filesystem,
+            # Train's second version, which ray.train is at run time and not yet for type checkers
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             # a controller that may fail for ever never tells Tune that its trial has failed
             failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
         ),
-    )
+    ).fit()
 
 
 def _train_in_worker(config: dict[str, Any]) -> None:
     from ray import train
+    from ray.train.torch import get_device
 
-    from tuning.worker_group import group_device, joined_workers
-
-    trial, setup = config["trial"], config["setup"]
-    device = group_device(use_gpu=setup.placement.use_gpu)
-    with joined_workers(device) as workers:
-        report = _reporter(train, keeps=workers.rank == 0)
-        _train(trial, setup, report=report, checkpoint=train.get_checkpoint(), device=device, workers=workers)
+    device = str(get_device())
+    # Train has made torch's process group
+    workers = ProcessGroup(device) if train.get_context().get_world_size() > 1 else ALONE
+    report = _reporter(train, keeps=workers.rank == 0)
+    checkpoint = train.get_checkpoint()
+    _train(config["trial"], config["setup"], report=report, checkpoint=checkpoint, device=device, workers=workers)
 
 
 def _reporter(api: Any, *, keeps: bool = True) -> ReportResult:

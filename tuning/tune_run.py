@@ -109,10 +109,7 @@ def run_tune(
             {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
         )
     else:
-        trainable = tune.with_resources(
-            tune.with_parameters(train_in_worker_group, setup=setup),
-            tune.PlacementGroupFactory([{"CPU": DRIVER_CPU}, *[placement.per_worker] * placement.num_workers]),
-        )
+        trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -120,7 +117,7 @@ def run_tune(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=min(fits, concurrency or fits),
-            reuse_actors=True,
+            reuse_actors=placement.num_workers == 0,
         ),
         run_config=tune.RunConfig(
             name=name,

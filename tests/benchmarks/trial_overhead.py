@@ -28,8 +28,8 @@ from tuning.train_worker import Placement
 STAGES = ("process", "imports", "features", "training", "report and checkpoint", "end")
 MEANING = {
     "process": "placement and start of the process that trains; none where it is kept",
-    "imports": "its imports, until the trial's settings are unpickled there",
-    "features": "process group, features from the store, network",
+    "imports": "its imports and, in a group, the process group, until the trial's settings are unpickled there",
+    "features": "features from the store, network",
     "training": "one epoch and its validation",
     "report and checkpoint": "until Tune's driver has the result",
     "end": "until Tune says that the trial is complete",
