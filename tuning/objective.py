@@ -15,6 +15,7 @@ import torch
 from ssn.backbone import Backbone
 from ssn.config import unflatten
 from ssn.data.reader import CategoryInfo, SearchData
+from ssn.distributed import ALONE, Workers
 from ssn.engine import EpochReport, choose_supervision, fit
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, prepare_backbone
@@ -128,6 +129,7 @@ def run_trial(
     resume_from: Path | None,
     device: str,
     latency_ms: float | None = None,
+    workers: Workers = ALONE,
 ) -> None:
     """Train one configuration and report every epoch.
 
@@ -142,6 +144,7 @@ def run_trial(
         resume_from: Checkpoint folder of an earlier attempt.
         device: Where to train.
         latency_ms: Of its network, for one image; None: not measured.
+        workers: Those who train the trial together; each calls this.
 
     Raises:
         SSNError: training diverged.
@@ -178,7 +181,15 @@ def run_trial(
         else:
             report(result, None)
 
-    fit(config, features, report=on_epoch, resume_from=resume_from, pixel_epochs=rung_epochs, device=device)
+    fit(
+        config,
+        features,
+        report=on_epoch,
+        resume_from=resume_from,
+        pixel_epochs=rung_epochs,
+        device=device,
+        workers=workers,
+    )
 
 
 def use_threads(cpus: float) -> None:

@@ -248,7 +248,7 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
     """Decide where trials run, and refuse at once what the cluster can never hold.
 
     Raises:
-        SSNError: see :func:`tuning.capacity.check_fits`; also more than one worker per trial.
+        SSNError: see :func:`tuning.capacity.check_fits`; also workers of one trial that would share a GPU.
     """
     capacity = cluster_capacity()
     wanted = settings.resources
@@ -261,9 +261,10 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
         gpus=wanted.gpus_per_worker if gpu else 0.0,
     )
     check_fits(capacity, num_workers=num_workers, per_worker=placement.per_worker)
-    if num_workers > 1:
+    if num_workers > 1 and gpu and wanted.gpus_per_worker < 1:
         raise SSNError(
-            f"resources.num_workers is {num_workers}, but a trial trains on one worker in this release; use 0 or 1"
+            f"resources.gpus_per_worker is {wanted.gpus_per_worker:g}, but the {num_workers} workers of a trial need a "
+            "GPU each (nccl); use 1, or a single worker"
         )
     return placement
 

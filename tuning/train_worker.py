@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
 from tuning.costs import needs_latency
+from ssn.distributed import ALONE, TIMEOUT, ProcessGroup, Workers
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 from tuning.weights import weights_key
@@ -75,7 +76,8 @@ def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """Tune trainable that trains in its own process."""
     from ray import tune
 
-    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=_local_device(setup))
+    device = "cuda" if setup.placement.use_gpu else "cpu"
+    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=device, workers=ALONE)
 
 
 def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
@@ -94,7 +96,9 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
         scaling_config=train.ScalingConfig(
             num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
         ),
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
+        ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
             storage_path=setup.storage_path,
@@ -112,20 +116,20 @@ def _train_in_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    _train(
-        config["trial"],
-        config["setup"],
-        report=_reporter(train),
-        checkpoint=train.get_checkpoint(),
-        device=str(get_device()),
-    )
+    device = str(get_device())
+    # Train has made torch's process group
+    workers = ProcessGroup(device) if train.get_context().get_world_size() > 1 else ALONE
+    report = _reporter(train, keeps=workers.rank == 0)
+    checkpoint = train.get_checkpoint()
+    _train(config["trial"], config["setup"], report=report, checkpoint=checkpoint, device=device, workers=workers)
 
 
-def _reporter(api: Any) -> ReportResult:
-    """Report through ``ray.tune`` or ``ray.train``, which take the same."""
+def _reporter(api: Any, *, keeps: bool = True) -> ReportResult:
+    """Report through ``ray.tune`` or ``ray.train``, which take the same; with checkpoints where this worker ``keeps``
+    them. Each worker of a group reports, for Train waits for all, and what the first reports is what counts."""
 
     def report(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
-        if save is None:
+        if save is None or not keeps:
             api.report(result)
             return
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
@@ -135,10 +139,18 @@ def _reporter(api: Any) -> ReportResult:
     return report
 
 
-def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult, checkpoint: Any, device: str) -> None:
+def _train(
+    trial: Mapping[str, Any],
+    setup: WorkerSetup,
+    *,
+    report: ReportResult,
+    checkpoint: Any,
+    device: str,
+    workers: Workers,
+) -> None:
     use_threads(setup.placement.cpus)
     context = setup.contexts[trial["category"]]
-    if setup.finish is not None:
+    if setup.finish is not None and workers.rank == 0:
         report = _finishing(report, setup.finish, trial, device)
     with _checkpoint_folder(checkpoint) as resume_from:
         run_trial(
@@ -149,6 +161,7 @@ def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult
             resume_from=resume_from,
             device=device,
             latency_ms=_latency_ms(trial, context, device),
+            workers=workers,
         )
 
 
@@ -206,10 +219,6 @@ def _load_features(
     if features.source == "cached":
         return features
     return features.with_backbone(reload_backbone(config, features), device=device)
-
-
-def _local_device(setup: WorkerSetup) -> str:
-    return "cuda" if setup.placement.use_gpu else "cpu"
 
 
 @contextmanager
