@@ -54,6 +54,23 @@ def sweep(
     trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
+    max_trials: Annotated[
+        int | None,
+        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="TIME",
+            help="When to stop the search, such as 2h or 90m; champions are chosen among the complete trials "
+            "(search.time_budget).",
+        ),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", help="GPU hours after which to stop the search (search.max_gpu_hours)."),
+    ] = None,
     tracking_uri: TrackingOption = None,
     num_workers: Annotated[
         int | None,
@@ -72,9 +89,11 @@ def sweep(
     from ssn.loader import load_config
     from tuning.settings import SweepSettings
 
-    sets = [*(set_ or ()), *placement_sets(num_workers, use_gpu)]
-    if trials is not None:
-        sets.append(f"search.trials={trials}")
+    sets = [
+        *(set_ or ()),
+        *placement_sets(num_workers, use_gpu),
+        *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+    ]
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
     defaults = read_defaults(data, name, categories)
@@ -241,6 +260,19 @@ def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:
     """Options of their own as the ``--set`` options that they stand for."""
     given = {"resources.num_workers": num_workers, "resources.use_gpu": use_gpu}
     return [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
+
+
+def search_sets(
+    trials: int | None, max_trials: int | None, time_budget: str | None, max_gpu_hours: float | None
+) -> list[str]:
+    """Options of their own as the ``--set`` options that they stand for."""
+    given = {
+        "search.trials": trials,
+        "search.max_trials": max_trials,
+        "search.time_budget": time_budget,
+        "search.max_gpu_hours": max_gpu_hours,
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:

@@ -225,7 +225,7 @@ def leaderboard_from_runs(
     Trials are counted from the search's runs. A category's champion is the run named by its parent run's tag
     ``champion_run_id``, whose test metrics are the parent's ``test_*`` metrics; label and mask counts are the parent's
     tags ``train_labels``, ``train_masks``, ``validation_labels``, ``validation_masks``. A category without a champion
-    yet shows its counts alone.
+    yet shows its counts alone. What ended the search early is the parents' tag ``ended_by``.
 
     Args:
         dataset: Dataset's name.
@@ -240,7 +240,8 @@ def leaderboard_from_runs(
         _row(parent, [r for r in runs if r.parent_run_id == parent.run_id and r.stage == "search"], by_id)
         for parent in sorted(parents, key=lambda run: run.category)
     ]
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=tuple(notes))
+    ended_by = dict.fromkeys(run.tags["ended_by"] for run in parents if "ended_by" in run.tags)
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=(*notes, *ended_by))
 
 
 def _row(parent: RunRecord, trials: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:

@@ -85,6 +85,7 @@ class MultiplexSearcher(Searcher):
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
+        max_trials: Budget of all categories together; None: none.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -100,6 +101,7 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
+        max_trials: int | None = None,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -110,6 +112,9 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
+        self._max_trials = max_trials
+        self.ended_by: str | None = None
+        """The budget that ended the search before all trials were started or done, in one line; None: none did."""
         self._storage_url = storage_url
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
@@ -150,7 +155,8 @@ class MultiplexSearcher(Searcher):
 
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
-        return len(self._by_category[category]) if category in self._exhausted else self._budget
+        ended = self.ended_by is not None or category in self._exhausted
+        return len(self._by_category[category]) if ended else self._budget
 
     @property
     def done(self) -> bool:
@@ -183,7 +189,9 @@ class MultiplexSearcher(Searcher):
             return None
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if not open_:
+            if open_ and self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
+            if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
             category = min(open_, key=lambda c: len(self._by_category[c]))
             record = self._ask(category, trial_id)
@@ -231,6 +239,17 @@ class MultiplexSearcher(Searcher):
             self._finish(record, "complete")
         else:
             self._finish(record, "failed", "it reported no objective at its last epoch")
+
+    def end(self, reason: str) -> None:
+        """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        running = [record for record in self._records.values() if record.state == "running"]
+        for record in running:
+            self._finish(record, "stopped")
+        self._close(reason, f"; {len(running)} that still ran were stopped" if running else "")
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
@@ -282,6 +301,13 @@ class MultiplexSearcher(Searcher):
             raise SSNError(
                 f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
             ) from error
+
+    def _close(self, reason: str, more: str = "") -> None:
+        """Start no further trial, and say so, once."""
+        if self.ended_by is None:
+            total = self._budget * len(self._categories)
+            self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+            self.notices.append(self.ended_by)
 
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])

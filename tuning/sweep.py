@@ -104,6 +104,7 @@ def sweep(
 
     connect_ray()
     placement = place(settings)
+    check_budget(settings, placement)
     # digests are part of trials' identities; a hub that cannot be reached is found out before a trial starts
     weights_digests = load_weights_digests(model for space in spaces.values() for model in models_of(space))
     run = _Run(
@@ -236,6 +237,7 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
         use_gpu=gpu,
         cpus=wanted.cpus_per_worker,
         gpus=wanted.gpus_per_worker if gpu else 0.0,
+        memory_bytes=round(1e9 * (wanted.memory_gb_per_worker or 0)),
     )
     check_fits(capacity, num_workers=num_workers, per_worker=placement.per_worker)
     if num_workers > 1:
@@ -243,6 +245,16 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
             f"resources.num_workers is {num_workers}, but a trial trains on one worker in this release; use 0 or 1"
         )
     return placement
+
+
+def check_budget(settings: SweepSettings, placement: Placement) -> None:
+    """Refuse a budget that nothing would ever be counted against.
+
+    Raises:
+        SSNError: GPU hours are limited where trials hold no GPU.
+    """
+    if settings.search.max_gpu_hours is not None and not placement.use_gpu:
+        raise SSNError("search.max_gpu_hours is set, but trials run on CPUs here; limit search.time_budget instead")
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,7 @@ class _Run:
             sweep_id=self.sweep_id,
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
+            max_trials=self.settings.search.max_trials,
         )
 
     def execute(
@@ -293,7 +306,7 @@ class _Run:
                 raise KeyboardInterrupt
             results = self.crown(searcher, tracker, sweep_tags, console)
             leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
-            self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+            self.log_leaderboard(tracker, leaderboard, results, searcher.ended_by)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -331,7 +344,8 @@ class _Run:
         return described
 
     def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
-        """Run Tune to the end, or until it is interrupted."""
+        """Run Tune to the end, or until it is interrupted or a budget is spent."""
+        from tuning.budget_stopper import BudgetStopper
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
         from tuning.search import searcher_of
@@ -339,6 +353,7 @@ class _Run:
 
         settings, stop = self.settings, StopFlag()
         storage = open_storage(self.out)
+        stopper = BudgetStopper(settings.budget(), gpus_per_trial=self.placement.gpus_per_trial)
         tuner = run_tune(
             searcher,
             MultiplexScheduler(settings.rungs(), history=searcher),
@@ -354,8 +369,12 @@ class _Run:
             storage=storage,
             concurrency=settings.search.max_concurrent,
             stop=stop,
+            stopper=stopper,
         )
-        return searcher_of(tuner)
+        searched = searcher_of(tuner)
+        if stopper.ended_by and not stop:
+            searched.end(stopper.ended_by)
+        return searched
 
     def crown(
         self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
@@ -439,7 +458,7 @@ class _Run:
         )
 
     def log_leaderboard(
-        self, tracker: Any, sweep_tags: Sweep, leaderboard: Leaderboard, results: Sequence[CategoryResult]
+        self, tracker: Any, leaderboard: Leaderboard, results: Sequence[CategoryResult], ended_by: str | None
     ) -> None:
         """Summarise each category in its parent run, and keep the whole table there."""
         parents = {
@@ -452,6 +471,7 @@ class _Run:
             table.write_text(leaderboard.markdown())
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
+                tags |= {} if ended_by is None else {"ended_by": ended_by}
                 tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
 
 

@@ -43,11 +43,19 @@ class Placement:
     """Of each worker, or of the one process."""
     gpus: float
     """Likewise; 0 without GPUs."""
+    memory_bytes: int = 0
+    """Likewise; 0: Ray reserves none."""
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs that a trial holds."""
+        return max(1, self.num_workers) * self.gpus if self.use_gpu else 0.0
 
     @property
     def per_worker(self) -> dict[str, float]:
         """Resources of each worker, or of the one process."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
+        gpu = {"GPU": self.gpus} if self.use_gpu else {}
+        return {"CPU": self.cpus, **gpu, **({"memory": self.memory_bytes} if self.memory_bytes else {})}
 
 
 @dataclass(frozen=True)

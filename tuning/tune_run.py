@@ -17,7 +17,7 @@ from tuning.train_worker import Finish, Placement, WorkerSetup, train_in_trial, 
 
 if TYPE_CHECKING:
     import pyarrow.fs
-    from ray.tune import Callback, Tuner
+    from ray.tune import Callback, Stopper, Tuner
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
@@ -38,9 +38,10 @@ def run_tune(
     storage: tuple[str, pyarrow.fs.FileSystem | None],
     concurrency: int | None,
     stop: StopFlag,
+    stopper: Stopper | None = None,
     finish: Finish | None = None,
 ) -> Tuner:
-    """Run all trials to their end, or until an interrupt sets ``stop``.
+    """Run all trials to their end, or until an interrupt sets ``stop`` or ``stopper`` says so.
 
     Args:
         searcher: Suggests trials.
@@ -54,6 +55,7 @@ def run_tune(
         storage: From :func:`open_storage`.
         concurrency: Most trials at once; None: as many as the cluster holds.
         stop: Shared with the callbacks.
+        stopper: Ends the run when a budget is spent; None: there is none.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
     """
     import ray
@@ -82,7 +84,7 @@ def run_tune(
     if placement.num_workers == 0:
         trainable = tune.with_resources(
             tune.with_parameters(train_in_trial, setup=setup),
-            {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
+            {name.lower(): amount for name, amount in placement.per_worker.items()},
         )
     else:
         trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
@@ -100,6 +102,7 @@ def run_tune(
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             verbose=0,
+            stop=stopper,
             callbacks=list(callbacks),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             # a worker that dies is tried again from its checkpoint; an error of the training itself is final
