@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
 from ssn.errors import SSNError
-from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
 from tuning.feature_groups import category_space, models_of
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
@@ -222,13 +222,17 @@ def connect_ray() -> None:
                 raise SSNError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}") from error
 
 
-def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
+def place(settings: SweepSettings | BenchmarkSettings, capacity: Capacity | None = None) -> Placement:
     """Decide where trials run, and refuse at once what the cluster can never hold.
+
+    Args:
+        settings: What trials ask for.
+        capacity: Of the cluster; None: of the connected one.
 
     Raises:
         SSNError: see :func:`tuning.capacity.check_fits`; also more than one worker per trial.
     """
-    capacity = cluster_capacity()
+    capacity = capacity or cluster_capacity()
     wanted = settings.resources
     gpu = use_gpu(wanted.use_gpu, capacity)
     num_workers = (1 if gpu else 0) if wanted.num_workers is None else wanted.num_workers
