@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ssn.config import Config, Size, flatten
+from ssn.config import Config
 from ssn.data.reader import CategoryInfo, SearchData
 from ssn.data.records import SEARCH_SPLITS
 from tuning.budget import Budget, share_trials
 from tuning.capacity import Capacity, NodeShape, max_concurrent
 from tuning.feature_groups import FEATURE_KEYS, category_space, enumerate_configs
+from tuning.feature_sizes import FeatureGroup, MapSizes, size_feature_groups
 from tuning.rungs import Rungs
 from tuning.settings import SweepSettings
-from tuning.space import CategorySpace, Choice, Follows, as_value, describe_axis
-from tuning.weights import weights_key
+from tuning.space import CategorySpace, Choice, Follows, describe_axis
 
 if TYPE_CHECKING:
     from tuning.calibrate import Calibration
@@ -29,18 +29,6 @@ OBJECT_STORE_SHARE = 0.3
 """Of a node's free memory, what Ray gives its object store unless told otherwise."""
 MEMORY_MARGIN = 1.2
 """What is advised to be reserved, to what was measured: the allocator's fragments, and images larger than the few."""
-
-
-@dataclass(frozen=True)
-class FeatureGroup:
-    """Trials that share their features."""
-
-    settings: Mapping[str, Any]
-    """What tells them from the category's other groups."""
-    num_bytes: int
-    """Of the features, or of what is kept instead."""
-    source: str
-    """``cached`` or, where they exceed the budget by themselves, ``streamed``."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +162,12 @@ class SweepPlan:
             "notices": list(self.notices),
             "categories": {
                 c.category: {
-                    **{k: v for k, v in asdict(c).items() if k != "category"},
+                    "trials": c.trials,
+                    "epochs": {"expected": c.epochs_expected, "worst": c.epochs_worst},
+                    "space": dict(c.space),
                     "feature_bytes": c.feature_bytes,
+                    "groups": [{k: v for k, v in vars(group).items() if k != "config"} for group in c.groups],
+                    "trial_hours": _as_dict(c.hours),
                 }
                 for c in self.categories
             },
@@ -220,7 +212,9 @@ def plan(
     calibration = None
     if calibrate:
         first = next(iter(data.values()))
-        configs = [c for each in data.values() for c in _group_configs(category_space(settings, each.info))]
+        configs = [
+            c for each in data.values() for c in enumerate_configs(category_space(settings, each.info), FEATURE_KEYS)
+        ]
         if "RAY_ADDRESS" in os.environ:
             import ray
 
@@ -232,7 +226,6 @@ def plan(
     return make_plan(
         settings,
         data,
-        data_uri=data_uri,
         capacity=capacity,
         placement=placement,
         feature_budget_bytes=feature_budget_bytes,
@@ -245,13 +238,11 @@ def look_around() -> tuple[Capacity, int]:
     """The cluster's capacity and its memory for features: as Ray says where there is one, else of this machine."""
     from tuning.capacity import cluster_capacity
     from tuning.sweep import connect_ray
-    from tuning.tune_run import FEATURE_SHARE
+    from tuning.tune_run import FEATURE_SHARE, feature_budget_bytes
 
     if "RAY_ADDRESS" in os.environ:
-        import ray
-
         connect_ray()
-        return cluster_capacity(), int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
+        return cluster_capacity(), feature_budget_bytes()
     import psutil
     import torch
 
@@ -271,7 +262,6 @@ def make_plan(
     settings: SweepSettings,
     data: Mapping[str, SearchData],
     *,
-    data_uri: str,
     capacity: Capacity,
     placement: Placement,
     feature_budget_bytes: int,
@@ -283,7 +273,6 @@ def make_plan(
     Args:
         settings: As the sweep would have them.
         data: By category; no image is read.
-        data_uri: Where it is.
         capacity: Of the cluster.
         placement: Where trials run.
         feature_budget_bytes: Memory for features.
@@ -293,13 +282,11 @@ def make_plan(
     Raises:
         SSNError: a category cannot be searched so, or a backbone cannot be built.
     """
-    measure = _MapSizes()
+    measure = MapSizes()
     spaces = {name: category_space(settings, each.info) for name, each in data.items()}
     shares = share_trials(len(data), settings.search.trials, settings.search.max_trials)
     plans = [
-        _plan_category(
-            settings, data[name].info, spaces[name], share, measure, data_uri, feature_budget_bytes, calibration
-        )
+        _plan_category(settings, data[name].info, spaces[name], share, measure, feature_budget_bytes, calibration)
         for name, share in zip(data, shares, strict=True)
     ]
     trials = sum(p.trials for p in plans)
@@ -361,8 +348,7 @@ def _plan_category(
     info: CategoryInfo,
     space: CategorySpace,
     share: int,
-    measure: _MapSizes,
-    data_uri: str,
+    measure: MapSizes,
     feature_budget_bytes: int,
     calibration: Calibration | None,
 ) -> CategoryPlan:
@@ -372,13 +358,12 @@ def _plan_category(
         (length, expected_epochs(trials // len(lengths) + (index < trials % len(lengths)), length, rungs))
         for index, length in enumerate(lengths)
     ]
-    configs = _distinct(_group_configs(space), info, data_uri)
-    groups = [_group(config, info, configs, measure, feature_budget_bytes) for config in configs]
+    groups = size_feature_groups(space, info, measure, budget_bytes=feature_budget_bytes)
     epochs_expected = sum(epochs for _, (epochs, _) in by_length)
     epochs_worst = trials * lengths[-1]
     hours = None
     if calibration is not None:
-        costs = [_costs(config, info, group, calibration) for config, group in zip(configs, groups, strict=True)]
+        costs = [_costs(group, info, calibration) for group in groups]
         features_s = sum(features for features, _, _ in costs)
         epoch_s, pixel_s = (sum(c[i] for c in costs) / len(costs) for i in (1, 2))
         validations = sum(v for _, (_, v) in by_length)
@@ -397,13 +382,12 @@ def _plan_category(
     )
 
 
-def _costs(
-    config: Config, info: CategoryInfo, group: FeatureGroup, calibration: Calibration
-) -> tuple[float, float, float]:
+def _costs(group: FeatureGroup, info: CategoryInfo, calibration: Calibration) -> tuple[float, float, float]:
     """Seconds for the features, for an epoch, and for the pixel metrics of one validation."""
     from ssn.features import num_flips, num_images
     from tuning.calibrate import shape_of
 
+    config = group.config
     timing = calibration.timings[shape_of(config)]
     scored, draws = num_images(config, info, "validation"), draws_in_epoch(config, info)
     views = sum(num_images(config, info, split) * num_flips(split) for split in SEARCH_SPLITS)
@@ -421,56 +405,6 @@ def draws_in_epoch(config: Config, info: CategoryInfo) -> int:
         labels, _ = count_used(train, pool)
         return 8 * labels or normal
     return train.draws_per_epoch or max(normal, 8 * pool.masks)
-
-
-class _MapSizes:
-    """Channels and sizes of backbones' maps; each is built once, with random weights, so that nothing is fetched."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, tuple[int, ...], Size], list[tuple[int, Size]]] = {}
-
-    def __call__(self, config: Config) -> list[tuple[int, Size]]:
-        from ssn.backbone import load_backbone
-        from ssn.streaming import feature_sizes
-
-        key = (config.model.backbone, config.model.layers, config.data.image_size)
-        if key not in self._known:
-            backbone = load_backbone(replace(config.model, weights="random"))
-            self._known[key] = list(feature_sizes(config, backbone, "cpu"))
-        return self._known[key]
-
-
-def _group_configs(space: CategorySpace) -> list[Config]:
-    return enumerate_configs(space, FEATURE_KEYS)
-
-
-def _distinct(configs: Sequence[Config], info: CategoryInfo, data_uri: str) -> list[Config]:
-    """One configuration of each that share features; what weights are loaded from stands for them."""
-    from ssn.features import feature_key
-
-    kept: dict[str, Config] = {}
-    for config in configs:
-        digest = weights_key(config.model)
-        kept.setdefault(feature_key(config, info, data_uri=data_uri, weights_digest=digest, device="cpu"), config)
-    return list(kept.values())
-
-
-def _group(
-    config: Config, info: CategoryInfo, configs: Sequence[Config], measure: _MapSizes, feature_budget_bytes: int
-) -> FeatureGroup:
-    from ssn.features import estimate_bytes, estimate_target_bytes, num_images
-    from ssn.model import map_size
-
-    flat = flatten(config)
-    differing = [key for key in FEATURE_KEYS if len({as_value(flatten(each)[key]) for each in configs}) > 1]
-    sizes = measure(config)
-    num_bytes, source = estimate_bytes(config, info, sizes), "cached"
-    if num_bytes > feature_budget_bytes:
-        images = sum(num_images(config, info, split) for split in SEARCH_SPLITS)
-        decoded = images * 3 * config.data.image_size[0] * config.data.image_size[1] * 4
-        targets = estimate_target_bytes(config, info, map_size([size for _, size in sizes]))
-        num_bytes, source = decoded + targets, "streamed"
-    return FeatureGroup({key: flat[key] for key in differing}, num_bytes, source)
 
 
 def _count_configs(space: CategorySpace, enough: int) -> int:

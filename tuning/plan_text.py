@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ssn.streaming import format_bytes
-from tuning.plan import FeatureGroup, Hours, SweepPlan
+from tuning.feature_sizes import FeatureGroup
+from tuning.plan import Hours, SweepPlan
 from tuning.report import ABSENT, format_duration
 from tuning.space import show
 

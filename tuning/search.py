@@ -86,6 +86,9 @@ class MultiplexSearcher(Searcher):
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
         max_trials: Budget of all categories together; None: none.
+        reuse_features: Serve the category that was served last first among equals, so that its features are still
+            there. For searches whose features do not fit into memory at once: in the same order every time, none ever
+            would be.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -102,6 +105,7 @@ class MultiplexSearcher(Searcher):
         trials_per_category: int,
         search_seed: int = 0,
         max_trials: int | None = None,
+        reuse_features: bool = False,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -113,6 +117,7 @@ class MultiplexSearcher(Searcher):
         self._sweep_id = sweep_id
         self._budget = trials_per_category
         self._max_trials = max_trials
+        self._reuse_features = reuse_features
         self.ended_by: str | None = None
         """The budget that ended the search before all trials were started or done, in one line; None: none did."""
         self._storage_url = storage_url
@@ -128,6 +133,7 @@ class MultiplexSearcher(Searcher):
         self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._served: dict[str, int] = {}  # when each category was served last, in trials
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
@@ -193,10 +199,11 @@ class MultiplexSearcher(Searcher):
                 self._close(f"search.max_trials={self._max_trials}")
             if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
-            category = min(open_, key=lambda c: len(self._by_category[c]))
+            category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
             if record is not None:
                 self._records[trial_id] = record
+                self._served[category] = len(self._records)
                 self._by_category[category].append(record)
                 return {
                     "trial_key": record.trial_key,
@@ -308,6 +315,11 @@ class MultiplexSearcher(Searcher):
             total = self._budget * len(self._categories)
             self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
             self.notices.append(self.ended_by)
+
+    def _turn(self, category: str) -> tuple[int, int]:
+        """The category with the least is next."""
+        started = self._by_category[category]
+        return len(started), -self._served.get(category, 0) if self._reuse_features else 0
 
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])

@@ -22,6 +22,7 @@ from ssn.data.reader import SearchData, list_categories, open_search_data, open_
 from ssn.errors import SSNError
 from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
 from tuning.feature_groups import category_space, models_of
+from tuning.feature_sizes import MapSizes, size_feature_groups
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard
@@ -30,7 +31,7 @@ from tuning.space import CategorySpace
 from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
 from tuning.tracking.protocol import count_scores
 from tuning.train_worker import Placement
-from tuning.tune_run import open_storage, run_tune
+from tuning.tune_run import feature_budget_bytes, open_storage, run_tune
 from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def sweep(
         data=data,
         spaces=spaces,
         weights_digests=weights_digests,
+        features_fit=check_features(spaces, data),
         placement=placement,
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
@@ -251,6 +253,20 @@ def place(settings: SweepSettings | BenchmarkSettings, capacity: Capacity | None
     return placement
 
 
+def check_features(spaces: Mapping[str, CategorySpace], data: Mapping[str, SearchData]) -> bool:
+    """Whether the connected cluster has memory for all features that trials may want.
+
+    Raises:
+        SSNError: a backbone cannot be built.
+    """
+    measure, budget_bytes = MapSizes(), feature_budget_bytes()
+    return budget_bytes >= sum(
+        group.num_bytes
+        for name, space in spaces.items()
+        for group in size_feature_groups(space, data[name].info, measure, budget_bytes=budget_bytes)
+    )
+
+
 def check_budget(settings: SweepSettings, placement: Placement) -> None:
     """Refuse a budget that nothing would ever be counted against.
 
@@ -271,6 +287,8 @@ class _Run:
     data: Mapping[str, SearchData]
     spaces: Mapping[str, CategorySpace]
     weights_digests: Mapping[str, str]
+    features_fit: bool
+    """Whether the cluster has memory for the features of all categories at once."""
     placement: Placement
     out: Path | str
     sweep_id: str
@@ -296,6 +314,7 @@ class _Run:
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
             max_trials=self.settings.search.max_trials,
+            reuse_features=not self.features_fit,
         )
 
     def execute(

@@ -65,9 +65,7 @@ def run_tune(
 
     storage_path, storage_filesystem = storage
     store_name = f"features-{name}"
-    store = start_feature_store(
-        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
-    )
+    store = start_feature_store(feature_budget_bytes(), name=store_name)
     ray.get(store.budget_bytes.remote())
     setup = WorkerSetup(
         contexts=contexts,
@@ -113,6 +111,13 @@ def run_tune(
         tuner.fit()
     ray.kill(store)
     return tuner
+
+
+def feature_budget_bytes() -> int:
+    """Memory of the connected cluster for features of all categories together."""
+    import ray
+
+    return int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
 
 
 def open_storage(out: Path | str) -> tuple[str, Any]:

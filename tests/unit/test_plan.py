@@ -20,6 +20,7 @@ from tests.made_up_benchmark import ONE_CORE, make_info
 from tuning import plan as module
 from tuning.calibrate import Calibration, Timing, calibrate, shape_of
 from tuning.capacity import Capacity, NodeShape
+from tuning.feature_sizes import MapSizes
 from tuning.plan import SweepPlan, draws_in_epoch, expected_epochs, make_plan, plan
 from tuning.plan_text import plan_lines, plan_table
 from tuning.rungs import Rungs
@@ -45,13 +46,12 @@ def map_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         height, width = config.data.image_size
         return [(100, (height // 2**layer, width // 2**layer)) for layer in config.model.layers]
 
-    monkeypatch.setattr(module._MapSizes, "__call__", sizes)
+    monkeypatch.setattr(MapSizes, "__call__", sizes)
 
 
 def planned(settings: SweepSettings, *infos: Any, **options: Any) -> SweepPlan:
     data = {info.category: SearchData(info, {}) for info in infos or (make_info("bolt"), make_info("nut", masks=0))}
     options = {
-        "data_uri": "/data",
         "capacity": TWO_CORES,
         "placement": ONE_CORE,
         "feature_budget_bytes": 10 * GB,
