@@ -52,6 +52,10 @@ def sweep(
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
+    ] = False,
     set_: SetOption = None,
     config: ConfigOption = None,
     max_trials: Annotated[
@@ -93,6 +97,7 @@ def sweep(
         *(set_ or ()),
         *placement_sets(num_workers, use_gpu),
         *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+        *(["search.shared=true"] if shared else ()),
     ]
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
@@ -110,6 +115,8 @@ def sweep(
         out=out,
     )
     show_leaderboard(result.leaderboard)
+    if result.comparison is not None:
+        print_whole(result.comparison.table())
     if json_file is not None:
         write_json(json_file, result.to_dict())
 
@@ -326,6 +333,21 @@ def report(
     show_leaderboard(leaderboard, markdown=markdown)
     if json_file is not None:
         write_json(json_file, leaderboard.as_dict())
+
+
+@app.command()
+def replay(
+    outbox: Annotated[Path, typer.Argument(metavar="OUTBOX", help="The folder that the sweep named.")],
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="Where MLflow is now, if not where the sweep had it."),
+    ] = None,
+) -> None:
+    """Write to MLflow what a sweep could not while MLflow was away, and end the runs that a killed sweep left open."""
+    from tuning.tracking.outbox import replay as run_replay
+
+    count = run_replay(outbox, tracking_uri)
+    print(f"{count} operations replayed")
 
 
 def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:

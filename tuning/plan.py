@@ -14,7 +14,7 @@ from ssn.data.reader import CategoryInfo, SearchData
 from ssn.data.records import SEARCH_SPLITS
 from tuning.budget import Budget, share_trials
 from tuning.capacity import Capacity, NodeShape, max_concurrent
-from tuning.feature_groups import FEATURE_KEYS, category_space, enumerate_configs
+from tuning.feature_groups import FEATURE_KEYS, category_spaces, enumerate_configs
 from tuning.feature_sizes import FeatureGroup, MapSizes, size_feature_groups
 from tuning.rungs import Rungs
 from tuning.settings import SweepSettings
@@ -45,10 +45,13 @@ class CategoryPlan:
 
     category: str
     trials: int
+    """Of the search; of a shared one, its configurations."""
+    finalist_runs: int
+    """Further runs of the search's best, with other seeds."""
     epochs_expected: float
-    """Over all trials, with pruning, for objectives whose ranks do not change from rung to rung."""
+    """Over all trials, with pruning, for objectives whose ranks do not change from rung to rung; and of finalists."""
     epochs_worst: int
-    """Nothing is pruned, and every trial has the largest number of epochs."""
+    """Nothing is pruned, and every trial and finalist has the largest number of epochs."""
     space: Mapping[str, str]
     """Dotted key -> axis, in words."""
     groups: Sequence[FeatureGroup]
@@ -163,6 +166,7 @@ class SweepPlan:
             "categories": {
                 c.category: {
                     "trials": c.trials,
+                    "finalist_runs": c.finalist_runs,
                     "epochs": {"expected": c.epochs_expected, "worst": c.epochs_worst},
                     "space": dict(c.space),
                     "feature_bytes": c.feature_bytes,
@@ -212,9 +216,8 @@ def plan(
     calibration = None
     if calibrate:
         first = next(iter(data.values()))
-        configs = [
-            c for each in data.values() for c in enumerate_configs(category_space(settings, each.info), FEATURE_KEYS)
-        ]
+        spaces = category_spaces(settings, {name: each.info for name, each in data.items()})
+        configs = [config for space in spaces.values() for config in enumerate_configs(space, FEATURE_KEYS)]
         if "RAY_ADDRESS" in os.environ:
             import ray
 
@@ -283,11 +286,12 @@ def make_plan(
         SSNError: a category cannot be searched so, or a backbone cannot be built.
     """
     measure = MapSizes()
-    spaces = {name: category_space(settings, each.info) for name, each in data.items()}
-    shares = share_trials(len(data), settings.search.trials, settings.search.max_trials)
+    shared = settings.search.shared
+    spaces = category_spaces(settings, {name: each.info for name, each in data.items()})
+    shares = share_trials(len(data), settings.search.trials, None if shared else settings.search.max_trials)
     plans = [
-        _plan_category(settings, data[name].info, spaces[name], share, measure, feature_budget_bytes, calibration)
-        for name, share in zip(data, shares, strict=True)
+        _plan_category(settings, data[name].info, spaces[name], step, share, measure, feature_budget_bytes, calibration)
+        for step, (name, share) in enumerate(zip(data, shares, strict=True))
     ]
     trials = sum(p.trials for p in plans)
     fits = max_concurrent(capacity, num_workers=placement.num_workers, per_worker=placement.per_worker)
@@ -309,7 +313,8 @@ def make_plan(
         packing=_pack(calibration, nodes, feature_budget_bytes),
         price_per_hour=price_per_hour,
     )
-    notices = [*(notice for space in spaces.values() for notice in space.notices), *_notices(found)]
+    spoken = dict.fromkeys(notice for space in spaces.values() for notice in space.notices)
+    notices = [*spoken, *_notices(found)]
     return replace(found, notices=tuple(notices))
 
 
@@ -343,39 +348,69 @@ def expected_epochs(trials: int, max_epochs: int, rungs: Rungs) -> tuple[float, 
     return epochs / NUM_SIMULATIONS, validations / NUM_SIMULATIONS
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a category's trials and finalists come to."""
+
+    finalist_runs: int
+    epochs: float
+    epochs_worst: int
+    validations: float
+    """With pixel metrics."""
+    validations_worst: int
+
+
+def _reckon(settings: SweepSettings, category: str, trials: int, step: int) -> _Work:
+    """The work of one category, which is the ``step``-th, from 0, that a shared search's configurations come to."""
+    lengths, rungs, finalists = settings.epochs(category), settings.rungs(), settings.finalists
+    most = 1 + max(len(rungs.epochs(length)) for length in lengths)
+    mean_length = sum(lengths) / len(lengths)
+    if settings.search.shared:
+        over_categories = Rungs(1, settings.search.eta)
+        before = expected_epochs(trials, step, over_categories)[0] if step else 0.0
+        reached = expected_epochs(trials, step + 1, over_categories)[0] - before
+        epochs, validations = reached * mean_length, reached * most
+    else:
+        shares = [trials // len(lengths) + (index < trials % len(lengths)) for index in range(len(lengths))]
+        found = [expected_epochs(each, length, rungs) for each, length in zip(shares, lengths, strict=True)]
+        epochs, validations = (sum(each[i] for each in found) for i in (0, 1))
+    runs = 0 if finalists.count == 1 else min(finalists.count, trials) * (finalists.seeds - 1)
+    return _Work(
+        finalist_runs=runs,
+        epochs=epochs + runs * mean_length,
+        epochs_worst=(trials + runs) * lengths[-1],
+        validations=validations + runs * most,
+        validations_worst=(trials + runs) * most,
+    )
+
+
 def _plan_category(
     settings: SweepSettings,
     info: CategoryInfo,
     space: CategorySpace,
+    step: int,
     share: int,
     measure: MapSizes,
     feature_budget_bytes: int,
     calibration: Calibration | None,
 ) -> CategoryPlan:
-    lengths, rungs = settings.epochs(info.category), settings.rungs()
     trials = min(share, _count_configs(space, share))
-    by_length = [
-        (length, expected_epochs(trials // len(lengths) + (index < trials % len(lengths)), length, rungs))
-        for index, length in enumerate(lengths)
-    ]
+    work = _reckon(settings, info.category, trials, step)
     groups = size_feature_groups(space, info, measure, budget_bytes=feature_budget_bytes)
-    epochs_expected = sum(epochs for _, (epochs, _) in by_length)
-    epochs_worst = trials * lengths[-1]
     hours = None
     if calibration is not None:
         costs = [_costs(group, info, calibration) for group in groups]
         features_s = sum(features for features, _, _ in costs)
         epoch_s, pixel_s = (sum(c[i] for c in costs) / len(costs) for i in (1, 2))
-        validations = sum(v for _, (_, v) in by_length)
-        most_validations = trials * (1 + max(len(rungs.epochs(length)) for length in lengths))
-        expected_s = features_s + epochs_expected * epoch_s + validations * pixel_s
-        worst_s = features_s + max(epochs_worst * e + most_validations * p for _, e, p in costs)
+        expected_s = features_s + work.epochs * epoch_s + work.validations * pixel_s
+        worst_s = features_s + max(work.epochs_worst * e + work.validations_worst * p for _, e, p in costs)
         hours = Hours(expected_s / 3600, worst_s / 3600)
     return CategoryPlan(
         category=info.category,
         trials=trials,
-        epochs_expected=epochs_expected,
-        epochs_worst=epochs_worst,
+        finalist_runs=work.finalist_runs,
+        epochs_expected=work.epochs,
+        epochs_worst=work.epochs_worst,
         space={key: describe_axis(axis) for key, axis in space.axes.items()},
         groups=groups,
         hours=hours,
@@ -429,6 +464,9 @@ def _pack(
 
 def _notices(found: SweepPlan) -> list[str]:
     notices = []
+    limit = found.budget.max_trials
+    if limit is not None and limit < found.trials:
+        notices.append(f"search.max_trials={limit} is expected to end this shared search before that")
     idle = [c.category for c in found.categories if c.trials == 0]
     if idle:
         notices.append(f"search.max_trials={found.budget.max_trials} leaves no trial to {', '.join(idle)}")

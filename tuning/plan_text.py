@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = (
     "category",
-    "trials",
+    "trials,\nfinalists",
     "epochs,\nexpected",
     "epochs,\nat worst",
     "feature\ngroups",
@@ -40,7 +40,7 @@ def plan_table(plan: SweepPlan) -> Table:
     for each in plan.categories:
         table.add_row(
             Text(each.category),
-            str(each.trials),
+            f"{each.trials}, {each.finalist_runs}",
             f"{each.epochs_expected:.0f}",
             str(each.epochs_worst),
             str(len(each.groups)),
@@ -51,7 +51,7 @@ def plan_table(plan: SweepPlan) -> Table:
         table.add_section()
         table.add_row(
             "all",
-            str(plan.trials),
+            f"{plan.trials}, {sum(c.finalist_runs for c in plan.categories)}",
             f"{sum(c.epochs_expected for c in plan.categories):.0f}",
             str(sum(c.epochs_worst for c in plan.categories)),
             str(sum(len(c.groups) for c in plan.categories)),

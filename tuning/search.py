@@ -171,6 +171,10 @@ class MultiplexSearcher(Searcher):
             sum(r.state != "running" for r in self._by_category[c]) >= self.expected_trials(c) for c in self._categories
         )
 
+    def identity(self, category: str, config: Mapping[str, Any]) -> str:
+        """Identity of the trial that trains with a flat configuration on a category."""
+        return self._categories[category].identity(config)
+
     def study(self, category: str) -> optuna.Study:
         """The category's Optuna study."""
         return self._studies[category]
@@ -195,9 +199,10 @@ class MultiplexSearcher(Searcher):
             return None
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if open_ and self._max_trials is not None and len(self._records) >= self._max_trials:
-                self._close(f"search.max_trials={self._max_trials}")
             if not open_ or self.ended_by is not None:
+                return str(Searcher.FINISHED)
+            if self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
                 return str(Searcher.FINISHED)
             category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
@@ -256,7 +261,7 @@ class MultiplexSearcher(Searcher):
         running = [record for record in self._records.values() if record.state == "running"]
         for record in running:
             self._finish(record, "stopped")
-        self._close(reason, f"; {len(running)} that still ran were stopped" if running else "")
+        self._close(reason, f" and stopped {len(running)} that still ran" if running else "")
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
@@ -310,11 +315,10 @@ class MultiplexSearcher(Searcher):
             ) from error
 
     def _close(self, reason: str, more: str = "") -> None:
-        """Start no further trial, and say so, once."""
-        if self.ended_by is None:
-            total = self._budget * len(self._categories)
-            self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
-            self.notices.append(self.ended_by)
+        """Start no further trial, and say so."""
+        total = self._budget * len(self._categories)
+        self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+        self.notices.append(self.ended_by)
 
     def _turn(self, category: str) -> tuple[int, int]:
         """The category with the least is next."""

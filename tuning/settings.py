@@ -34,6 +34,9 @@ class SearchSettings:
 
     trials: int = 16
     """Trials per category; the first is the configuration as it stands."""
+    shared: bool = False
+    """Whether one configuration is searched for all categories, by its mean objective; ``trials`` is then how many
+    configurations are tried."""
     space: Mapping[str, object] = field(default_factory=lambda: dict(DEFAULT_SPACE))
     """What is searched: dotted config key -> axis, written as ``tuning.space_syntax`` says. A file or option that names
     one key changes that key and keeps the rest."""
@@ -56,6 +59,18 @@ class SearchSettings:
     the complete ones."""
     max_gpu_hours: float | None = None
     """GPUs held times hours, over all trials; past it, as past the time budget."""
+
+
+@dataclass(frozen=True)
+class FinalistSettings:
+    """How the search's best are tried again before one of them becomes champion."""
+
+    count: int = 3
+    """Complete trials per category, best first, that are trained with more seeds; 1: the search's best wins as it
+    is."""
+    seeds: int = 3
+    """Runs of each finalist, the search's own included; the others' ``train.train_seed`` and ``train.label_seed`` count
+    up from the search's. 1: the search's best wins as it is."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,7 @@ class SweepSettings:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     search: SearchSettings = field(default_factory=SearchSettings)
+    finalists: FinalistSettings = field(default_factory=FinalistSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
@@ -106,6 +122,8 @@ class SweepSettings:
         _require("search.max_trials", s.max_trials, s.max_trials is None or s.max_trials >= 1, "at least 1")
         _require("search.max_gpu_hours", s.max_gpu_hours, s.max_gpu_hours is None or s.max_gpu_hours > 0, "positive")
         _ = self.budget().time_s  # refuses what is no time
+        _require("finalists.count", self.finalists.count, self.finalists.count >= 1, "at least 1")
+        _require("finalists.seeds", self.finalists.seeds, self.finalists.seeds >= 1, "at least 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
         _require("objective.cost_per_mask", o.cost_per_mask, o.cost_per_mask >= 0, "at least 0")
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")

@@ -7,6 +7,7 @@ so does a benchmark.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,38 @@ FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
 
 
+@dataclass(frozen=True)
+class SharedFeatures:
+    """A feature store that several Tune runs use one after the other; it ends with the last reference to it."""
+
+    name: str
+    store: Any
+
+    def end(self) -> None:
+        """Free its memory now."""
+        import ray
+
+        ray.kill(self.store)
+
+
+def feature_budget_bytes() -> int:
+    """Memory of the connected cluster for features of all categories together."""
+    import ray
+
+    return int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
+
+
+def share_features(name: str) -> SharedFeatures:
+    """Start a feature store with its share of the object store's memory."""
+    import ray
+
+    from tuning.feature_store import start_feature_store
+
+    store = start_feature_store(feature_budget_bytes(), name=f"features-{name}")
+    ray.get(store.budget_bytes.remote())
+    return SharedFeatures(f"features-{name}", store)
+
+
 def run_tune(
     searcher: Searcher,
     scheduler: TrialScheduler,
@@ -40,6 +73,7 @@ def run_tune(
     stop: StopFlag,
     stopper: Stopper | None = None,
     finish: Finish | None = None,
+    features: SharedFeatures | None = None,
 ) -> Tuner:
     """Run all trials to their end, or until an interrupt sets ``stop`` or ``stopper`` says so.
 
@@ -57,21 +91,18 @@ def run_tune(
         stop: Shared with the callbacks.
         stopper: Ends the run when a budget is spent; None: there is none.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
+        features: The caller's, from :func:`share_features`; None: the run has its own.
     """
     import ray
     from ray import tune
 
-    from tuning.feature_store import start_feature_store
-
     storage_path, storage_filesystem = storage
-    store_name = f"features-{name}"
-    store = start_feature_store(feature_budget_bytes(), name=store_name)
-    ray.get(store.budget_bytes.remote())
+    used = features or share_features(name)
     setup = WorkerSetup(
         contexts=contexts,
         data_uri=data_uri,
         weights_digests=weights_digests,
-        store_name=store_name,
+        store_name=used.name,
         namespace=ray.get_runtime_context().namespace,
         placement=placement,
         storage_path=f"{storage_path}/{name}/workers",
@@ -109,15 +140,9 @@ def run_tune(
     )
     with stop_tune_in_order(stop):
         tuner.fit()
-    ray.kill(store)
+    if features is None:
+        used.end()
     return tuner
-
-
-def feature_budget_bytes() -> int:
-    """Memory of the connected cluster for features of all categories together."""
-    import ray
-
-    return int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
 
 
 def open_storage(out: Path | str) -> tuple[str, Any]:

@@ -112,5 +112,5 @@ def test_time_budget_ends_the_search_in_good_order(tmp_path: Path) -> None:
     assert after["done"]
     assert after["states"] == ["complete", "complete", "stopped", "stopped"]
     assert after["notices"] == [
-        "search.time_budget=1m ended the search after 4 of 10 trials; 2 that still ran were stopped"
+        "search.time_budget=1m ended the search after 4 of 10 trials and stopped 2 that still ran"
     ]

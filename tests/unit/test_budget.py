@@ -177,9 +177,7 @@ def test_trials_that_a_budget_stops_are_neither_complete_nor_pruned() -> None:
     search.end("search.time_budget=2h")
     assert [r.state for r in search.records()] == ["complete", "stopped", "stopped", "stopped"]
     assert search.done
-    assert (
-        search.ended_by == "search.time_budget=2h ended the search after 4 of 6 trials; 3 that still ran were stopped"
-    )
+    assert search.ended_by == "search.time_budget=2h ended the search after 4 of 6 trials and stopped 3 that still ran"
     assert search.notices == [search.ended_by]
     assert [t.state.name for t in search.study("a").trials] == ["COMPLETE", "FAIL"]
     assert select_winner(search.records("a")).index == 0

@@ -35,7 +35,9 @@ TIMING = Timing(feature_s=0.1, draw_s=0.5, validate_s=0.2, pixel_s=0.3)
 
 def load(*sets: str, tiny: Config | None = None) -> SweepSettings:
     flat = {} if tiny is None else flatten(tiny)
-    return load_config(SweepSettings, defaults=flat, sets=["search.trials=6", "train.epochs=9", *sets])
+    return load_config(
+        SweepSettings, defaults=flat, sets=["search.trials=6", "train.epochs=9", "finalists.count=1", *sets]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +117,29 @@ def test_trials_and_epochs_of_each_category() -> None:
     found = planned(load("search.max_trials=7", "search.categories.nut.train.epochs=4"))
     assert [(c.trials, c.epochs_worst) for c in found.categories] == [(4, 36), (3, 12)]
     assert found.trials == 7
+
+
+def test_finalists_count_with_all_their_epochs() -> None:
+    without = planned(load()).categories[0]
+    found = planned(load("finalists.count=3", "finalists.seeds=4")).categories[0]
+    assert (without.finalist_runs, found.finalist_runs) == (0, 9)
+    assert found.epochs_worst == without.epochs_worst + 9 * 9
+    assert found.epochs_expected == pytest.approx(without.epochs_expected + 9 * 9)
+    assert planned(load("search.trials=2", "finalists.count=3", "finalists.seeds=4")).categories[0].finalist_runs == 6
+
+
+def test_configurations_of_a_shared_search_are_dropped_between_categories() -> None:
+    infos = [make_info(name) for name in "abcd"]
+    found = planned(load("search.shared=true", "search.trials=9"), *infos)
+    reached = [category.epochs_expected / 9 for category in found.categories]
+    assert reached[0] == 9
+    assert reached[1] == reached[2] < 9, "rungs after one category and after three"
+    assert reached[3] < reached[2]
+    assert sum(reached) == pytest.approx(expected_epochs(9, 4, Rungs(1))[0])
+    assert [category.epochs_worst for category in found.categories] == [81] * 4
+    assert len([notice for notice in found.notices if "one train.supervision_ratio" in notice]) == 1
+    limited = planned(load("search.shared=true", "search.max_trials=10"), *infos)
+    assert "search.max_trials=10 is expected to end this shared search before that" in limited.notices
 
 
 def test_a_category_without_a_trial_is_said() -> None:
@@ -280,9 +305,9 @@ def test_a_plan_is_shown_whole(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     table = capsys.readouterr().out
     assert "made_up: plan of a sweep on 2 CPU (this machine)" in table
     assert [line.split()[:2] for line in table.splitlines() if line.split()[:1] in (["bolt"], ["nut"], ["all"])] == [
-        ["bolt", "6"],
-        ["nut", "6"],
-        ["all", "12"],
+        ["bolt", "6,"],
+        ["nut", "6,"],
+        ["all", "12,"],
     ]
     text = "\n".join(plan_lines(found))
     for words in (
