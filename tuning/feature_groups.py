@@ -39,6 +39,17 @@ FEATURE_KEYS = (
 """Settings on which :func:`ssn.features.feature_key` may depend, of those that a search may vary."""
 
 
+def category_spaces(settings: SweepSettings, infos: Mapping[str, CategoryInfo]) -> dict[str, CategorySpace]:
+    """The search of every category; the same for all where the search is a shared one.
+
+    Raises:
+        SSNError: see :func:`category_space` and :func:`shared_space`.
+    """
+    if settings.search.shared:
+        return dict.fromkeys(infos, shared_space(settings, infos))
+    return {name: category_space(settings, info) for name, info in infos.items()}
+
+
 def category_space(settings: SweepSettings, info: CategoryInfo) -> CategorySpace:
     """The search of one category, as its data allow.
 

@@ -100,8 +100,7 @@ def choose_candidates(trials: Sequence[TrialRecord], objective: ObjectiveSetting
     """The trials of a category among which its champion is chosen by objective.
 
     The complete ones; where the objective is weighed against a cost, those on the front, so that of equals the cheapest
-    wins, or, for ``objective.pick=knee``, the one at its knee. Where none qualifies, all, so that whoever chooses can say
-    why.
+    wins, or, for ``objective.pick=knee``, the one at its knee. Where none qualifies, all; whoever chooses says why.
     """
     front = front_trials(trials, objective.against)
     if objective.pick == "knee" and objective.against != "none" and front:

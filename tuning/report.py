@@ -256,8 +256,8 @@ def leaderboard_from_runs(
     Trials are counted from the search's runs. A category's best run is named by its parent run's tag ``best_run_id``,
     or ``champion_run_id`` where an earlier release wrote it; test metrics are the parent's ``test_*`` metrics; label
     and mask counts are the parent's tags ``train_labels``, ``train_masks``, ``validation_labels``,
-    ``validation_masks``. What the parent's tags ``decision`` say becomes notes. A category without a winner yet shows
-    its counts alone.
+    ``validation_masks``. What the parent's tags ``decision`` and ``ended_by`` say becomes notes. A category without a
+    winner yet shows its counts alone.
 
     Args:
         dataset: Dataset's name.
@@ -273,8 +273,9 @@ def leaderboard_from_runs(
         for parent in sorted(parents, key=lambda run: run.category)
     ]
     decisions = [parent.tags["decision"] for parent in parents if "decision" in parent.tags]
-    notes = (*notes, *sorted(decisions), *count_infeasible(rows))
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=notes)
+    ended_by = dict.fromkeys(parent.tags["ended_by"] for parent in parents if "ended_by" in parent.tags)
+    found = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=found)
 
 
 def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:

@@ -96,6 +96,10 @@ class MultiplexSearcher(Searcher):
         transfer: Have categories try, now and then, what has done best in others.
         against: What the objective is weighed against; unless ``none``, studies have two directions.
         sampler: Makes a category's sampler from the search seed, the category and its budget.
+        max_trials: Budget of all categories together; None: none.
+        reuse_features: Serve the category that was served last first among equals, so that its features are still
+            there. For searches whose features do not fit into memory at once: in the same order every time, none ever
+            would be.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -114,6 +118,8 @@ class MultiplexSearcher(Searcher):
         transfer: bool = False,
         against: Against = "none",
         sampler: Callable[[int, str, int], BaseSampler] = make_sampler,
+        max_trials: int | None = None,
+        reuse_features: bool = False,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -124,6 +130,10 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
+        self._max_trials = max_trials
+        self._reuse_features = reuse_features
+        self.ended_by: str | None = None
+        """The budget that ended the search before all trials were started or done, in one line; None: none did."""
         self._storage_url = storage_url
         self._against = against
         self._max_concurrent: int | None = None
@@ -140,6 +150,7 @@ class MultiplexSearcher(Searcher):
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
         self._latencies_ms: dict[str, float] = {}
         self._transfers = Transfers() if transfer else None
+        self._served: dict[str, int] = {}  # when each category was served last, in trials
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
@@ -167,7 +178,8 @@ class MultiplexSearcher(Searcher):
 
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
-        return len(self._by_category[category]) if category in self._exhausted else self._budget
+        ended = self.ended_by is not None or category in self._exhausted
+        return len(self._by_category[category]) if ended else self._budget
 
     @property
     def done(self) -> bool:
@@ -209,12 +221,16 @@ class MultiplexSearcher(Searcher):
             return None
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if not open_:
+            if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
-            category = min(open_, key=lambda c: len(self._by_category[c]))
+            if self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
+                return str(Searcher.FINISHED)
+            category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
             if record is not None:
                 self._records[trial_id] = record
+                self._served[category] = len(self._records)
                 self._by_category[category].append(record)
                 return {
                     "trial_key": record.trial_key,
@@ -261,6 +277,17 @@ class MultiplexSearcher(Searcher):
             self._finish(record, "complete")
         else:
             self._finish(record, "failed", "it reported no objective at its last epoch")
+
+    def end(self, reason: str) -> None:
+        """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        running = [record for record in self._records.values() if record.state == "running"]
+        for record in running:
+            self._finish(record, "stopped")
+        self._close(reason, f" and stopped {len(running)} that still ran" if running else "")
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
@@ -312,6 +339,17 @@ class MultiplexSearcher(Searcher):
             raise SSNError(
                 f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
             ) from error
+
+    def _close(self, reason: str, more: str = "") -> None:
+        """Start no further trial, and say so."""
+        total = self._budget * len(self._categories)
+        self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+        self.notices.append(self.ended_by)
+
+    def _turn(self, category: str) -> tuple[int, int]:
+        """The category with the least is next."""
+        started = self._by_category[category]
+        return len(started), -self._served.get(category, 0) if self._reuse_features else 0
 
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig, flatten
 from ssn.errors import SSNError
+from tuning.budget import Budget
 from tuning.rungs import Rungs
 from tuning.space import (
     EPOCHS_KEY,
@@ -58,6 +59,13 @@ class SearchSettings:
     transfer: bool = False
     """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
     three trials of each category, and a quarter of its budget."""
+    max_trials: int | None = None
+    """Most trials of all categories together; None: ``trials`` of each."""
+    time_budget: str | None = None
+    """Of the search, such as ``2h`` or ``90m``: trials that still run are stopped then, and champions are chosen among
+    the complete ones."""
+    max_gpu_hours: float | None = None
+    """GPUs held times hours, over all trials; past it, as past the time budget."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class ResourceSettings:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0
     """Below 1, trials share a GPU."""
+    memory_gb_per_worker: float | None = None
+    """Memory that Ray reserves for each worker, so that a node never holds more of them than fit; None: none."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,9 @@ class SweepSettings:
         _require("search.eta", s.eta, s.eta >= 2, "at least 2")
         _require("search.seed", s.seed, s.seed >= 0, "at least 0")
         _require("search.max_concurrent", s.max_concurrent, s.max_concurrent is None or s.max_concurrent >= 1, ">= 1")
+        _require("search.max_trials", s.max_trials, s.max_trials is None or s.max_trials >= 1, "at least 1")
+        _require("search.max_gpu_hours", s.max_gpu_hours, s.max_gpu_hours is None or s.max_gpu_hours > 0, "positive")
+        _ = self.budget().time_s  # refuses what is no time
         _require("finalists.count", self.finalists.count, self.finalists.count >= 1, "at least 1")
         _require("finalists.seeds", self.finalists.seeds, self.finalists.seeds >= 1, "at least 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
@@ -149,6 +162,8 @@ class SweepSettings:
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")
         _require("resources.cpus_per_worker", r.cpus_per_worker, r.cpus_per_worker > 0, "positive")
         _require("resources.gpus_per_worker", r.gpus_per_worker, r.gpus_per_worker > 0, "positive")
+        memory_gb = r.memory_gb_per_worker
+        _require("resources.memory_gb_per_worker", memory_gb, memory_gb is None or memory_gb > 0, "positive")
         for category in (None, *s.categories):
             self._check_space(category)
 
@@ -197,6 +212,10 @@ class SweepSettings:
         if "model.variant" not in space:
             return resolved
         return {key: resolved[key] if key in space else value for key, value in flatten(self.config()).items()}
+
+    def budget(self) -> Budget:
+        """What the search may spend."""
+        return Budget(self.search.max_trials, self.search.time_budget, self.search.max_gpu_hours)
 
     def rungs(self) -> Rungs:
         """When trials are compared."""

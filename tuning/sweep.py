@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.errors import SSNError
-from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
 from tuning.costs import check_against, describe_pick
-from tuning.feature_groups import category_space, models_of, shared_space
+from tuning.feature_groups import category_spaces, models_of
+from tuning.feature_sizes import MapSizes, size_feature_groups
 from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
@@ -41,7 +42,7 @@ from tuning.sweep_result import (
 )
 from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S
 from tuning.train_worker import Placement
-from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
+from tuning.tune_run import SharedFeatures, feature_budget_bytes, open_storage, run_tune, share_features
 from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tuning.benchmark_plan import BenchmarkSettings
+    from tuning.budget_stopper import BudgetStopper
     from tuning.finalists import Finals, Selection
     from tuning.progress import ProgressCallback
     from tuning.search import MultiplexSearcher
@@ -101,6 +103,7 @@ def sweep(
     """
     import optuna
 
+    from tuning.budget_stopper import BudgetStopper
     from tuning.tracking import MLflowTracker, Outbox
     from tuning.tracking.outbox import outbox_folder
 
@@ -111,11 +114,7 @@ def sweep(
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
     check_overrides(settings, data_uri, dataset)
-    infos = {name: search_data.info for name, search_data in data.items()}
-    if settings.search.shared:
-        spaces = dict.fromkeys(infos, shared_space(settings, infos))
-    else:
-        spaces = {name: category_space(settings, info) for name, info in infos.items()}
+    spaces = category_spaces(settings, {name: search_data.info for name, search_data in data.items()})
     check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
@@ -124,6 +123,7 @@ def sweep(
 
     connect_ray()
     placement = place(settings)
+    check_budget(settings, placement)
     # digests are part of trials' identities; a hub that cannot be reached is found out before a trial starts
     weights_digests = load_weights_digests(model for space in spaces.values() for model in models_of(space))
     run = _Run(
@@ -133,7 +133,9 @@ def sweep(
         data=data,
         spaces=spaces,
         weights_digests=weights_digests,
+        features_fit=check_features(spaces, data),
         placement=placement,
+        stopper=BudgetStopper(settings.budget(), gpus_per_trial=placement.gpus_per_trial),
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
@@ -244,13 +246,17 @@ def connect_ray() -> None:
                 raise SSNError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}") from error
 
 
-def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
+def place(settings: SweepSettings | BenchmarkSettings, capacity: Capacity | None = None) -> Placement:
     """Decide where trials run, and refuse at once what the cluster can never hold.
+
+    Args:
+        settings: What trials ask for.
+        capacity: Of the cluster; None: of the connected one.
 
     Raises:
         SSNError: see :func:`tuning.capacity.check_fits`; also workers of one trial that would share a GPU.
     """
-    capacity = cluster_capacity()
+    capacity = capacity or cluster_capacity()
     wanted = settings.resources
     gpu = use_gpu(wanted.use_gpu, capacity)
     num_workers = (1 if gpu else 0) if wanted.num_workers is None else wanted.num_workers
@@ -259,6 +265,7 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
         use_gpu=gpu,
         cpus=wanted.cpus_per_worker,
         gpus=wanted.gpus_per_worker if gpu else 0.0,
+        memory_bytes=round(1e9 * (wanted.memory_gb_per_worker or 0)),
     )
     check_fits(capacity, num_workers=num_workers, per_worker=placement.per_worker)
     if num_workers > 1 and gpu and wanted.gpus_per_worker < 1:
@@ -267,6 +274,30 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
             "GPU each (nccl); use 1, or a single worker"
         )
     return placement
+
+
+def check_features(spaces: Mapping[str, CategorySpace], data: Mapping[str, SearchData]) -> bool:
+    """Whether the connected cluster has memory for all features that trials may want.
+
+    Raises:
+        SSNError: a backbone cannot be built.
+    """
+    measure, budget_bytes = MapSizes(), feature_budget_bytes()
+    return budget_bytes >= sum(
+        group.num_bytes
+        for name, space in spaces.items()
+        for group in size_feature_groups(space, data[name].info, measure, budget_bytes=budget_bytes)
+    )
+
+
+def check_budget(settings: SweepSettings, placement: Placement) -> None:
+    """Refuse a budget that nothing would ever be counted against.
+
+    Raises:
+        SSNError: GPU hours are limited where trials hold no GPU.
+    """
+    if settings.search.max_gpu_hours is not None and not placement.use_gpu:
+        raise SSNError("search.max_gpu_hours is set, but trials run on CPUs here; limit search.time_budget instead")
 
 
 @dataclass(frozen=True)
@@ -279,7 +310,11 @@ class _Run:
     data: Mapping[str, SearchData]
     spaces: Mapping[str, CategorySpace]
     weights_digests: Mapping[str, str]
+    features_fit: bool
+    """Whether the cluster has memory for the features of all categories at once."""
     placement: Placement
+    stopper: BudgetStopper
+    """Of the search and of its finalists."""
     out: Path | str
     sweep_id: str
 
@@ -335,6 +370,7 @@ class _Run:
                 num_configurations=search.trials,
                 search_seed=search.seed,
                 eta=search.eta,
+                max_trials=search.max_trials,
             )
         return MultiplexSearcher(
             categories,
@@ -343,6 +379,8 @@ class _Run:
             search_seed=search.seed,
             transfer=search.transfer,
             against=self.settings.objective.against,
+            max_trials=search.max_trials,
+            reuse_features=not self.features_fit,
         )
 
     def execute(
@@ -375,9 +413,11 @@ class _Run:
                 finals.records,
                 functools.partial(self.select, searcher, finals),
             )
-            leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
+            notes = [*notices, *searcher.notices, *filter(None, [finals.ended_by])]
+            leaderboard = _leaderboard(self, results, notes, tracker.tracking_uri)
             comparison = self.compare(tracker, results)
-            self.log_leaderboard(tracker, leaderboard, results, comparison)
+            ended_by = [text for text in (searcher.ended_by, finals.ended_by) if text is not None]
+            self.log_leaderboard(tracker, leaderboard, results, comparison, ended_by)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -422,7 +462,7 @@ class _Run:
         sweep_tags: Sweep,
         features: SharedFeatures,
     ) -> MultiplexSearcher | SharedSearcher:
-        """Run Tune to the end, or until it is interrupted."""
+        """Run Tune to the end, or until it is interrupted or a budget is spent."""
         from ray.tune.schedulers import FIFOScheduler
 
         from tuning.progress import ProgressCallback
@@ -434,10 +474,16 @@ class _Run:
             # whole trials count, and configurations are dropped between them
             progress = ProgressCallback(searcher)
             self.tune(searcher, FIFOScheduler(), progress, tracker, sweep_tags, features, name=self.sweep_id)
-            return searcher
-        scheduler = MultiplexScheduler(self.settings.rungs(), against=self.settings.objective.against, history=searcher)
-        progress = ProgressCallback(searcher)
-        return searcher_of(self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id))
+        else:
+            scheduler = MultiplexScheduler(
+                self.settings.rungs(), against=self.settings.objective.against, history=searcher
+            )
+            progress = ProgressCallback(searcher)
+            tuner = self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id)
+            searcher = searcher_of(tuner)
+        if self.stopper.ended_by is not None and not searcher.done:
+            searcher.end(self.stopper.ended_by)
+        return searcher
 
     def try_finalists(
         self,
@@ -473,13 +519,19 @@ class _Run:
         todo = [run for runs in planned.values() for run in runs]
         if not todo:
             return Finals(planned)
+        if self.stopper.ended_by is not None:
+            return Finals(
+                dict.fromkeys(self.data, ()), ended_by=f"{self.stopper.ended_by} left no finalist further seeds"
+            )
         runs = FixedRuns(todo, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
         progress = ProgressCallback(runs, ranked=False)
         name = f"{self.sweep_id}-finalists"
         self.tune(runs, FIFOScheduler(), progress, tracker, sweep_tags, features, name=name)
-        if not runs.done:
+        if not runs.done and self.stopper.ended_by is None:
             raise KeyboardInterrupt
-        return Finals(planned, {name: runs.records(name) for name in self.data})
+        if not runs.done:
+            runs.end(f"{self.stopper.ended_by} ended the finalists' further runs")
+        return Finals(planned, {name: runs.records(name) for name in self.data}, runs.ended_by)
 
     def select(self, searcher: MultiplexSearcher | SharedSearcher, finals: Finals, name: str) -> Selection:
         """A category's winner, or its run of the configuration that wins for all."""
@@ -528,6 +580,7 @@ class _Run:
             storage=storage,
             concurrency=self.settings.search.max_concurrent,
             stop=stop,
+            stopper=self.stopper,
             features=features,
         )
 
@@ -551,6 +604,7 @@ class _Run:
         leaderboard: Leaderboard,
         results: Sequence[CategoryResult],
         comparison: SharedComparison | None,
+        ended_by: Sequence[str],
     ) -> None:
         """Summarise each category in its parent run, and keep the whole table there."""
         parents = {
@@ -567,6 +621,7 @@ class _Run:
                 Path(scratch, name).write_text(text)
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
+                tags |= {"ended_by": "; ".join(ended_by)} if ended_by else {}
                 decision = Path(scratch, result.category, "decision.json")
                 decision.parent.mkdir()
                 decision.write_text(json.dumps(describe_decision(result, self.settings), indent=2) + "\n")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
-from tuning.costs import needs_latency
 from ssn.distributed import ALONE, TIMEOUT, ProcessGroup, Workers
+from tuning.costs import needs_latency
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 from tuning.weights import weights_key
@@ -45,11 +45,19 @@ class Placement:
     """Of each worker, or of the one process."""
     gpus: float
     """Likewise; 0 without GPUs."""
+    memory_bytes: int = 0
+    """Likewise; 0: Ray reserves none."""
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs that a trial holds."""
+        return max(1, self.num_workers) * self.gpus if self.use_gpu else 0.0
 
     @property
     def per_worker(self) -> dict[str, float]:
         """Resources of each worker, or of the one process."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
+        gpu = {"GPU": self.gpus} if self.use_gpu else {}
+        return {"CPU": self.cpus, **gpu, **({"memory": self.memory_bytes} if self.memory_bytes else {})}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ssn.errors import SSNError
 from tuning.costs import excesses, is_feasible
 from tuning.warm_start import SuggestedBy
 
-RecordState = Literal["running", "complete", "pruned", "failed"]
+RecordState = Literal["running", "complete", "pruned", "failed", "stopped"]
+"""``pruned``: others were better at a rung; ``stopped``: a budget was spent before it had its epochs."""
 
 
 @dataclass
@@ -105,6 +106,9 @@ def rank_key(runs: Sequence[TrialRecord], index: int) -> tuple[float, float, flo
     )
 
 
+_STATES: tuple[RecordState, ...] = ("complete", "pruned", "failed", "stopped", "running")
+
+
 def _finite(value: Any, otherwise: float) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
 
@@ -112,9 +116,10 @@ def _finite(value: Any, otherwise: float) -> float:
 def _why_none(trials: Sequence[TrialRecord]) -> str:
     if not trials:
         return "no winner: no trial was started"
-    category, epochs = trials[0].category, trials[0].max_epochs
+    category = trials[0].category
+    epochs = " or ".join(map(str, sorted({t.max_epochs for t in trials})))
     states = Counter(t.state for t in trials)
-    counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
+    counted = ", ".join(f"{states[s]} {s}" for s in _STATES if states[s])
     failures = [t for t in trials if t.failure]
     infeasible = sorted({bound for t in trials for bound, excess in excesses(t.metrics).items() if excess > 0})
     if states["complete"]:
@@ -124,6 +129,8 @@ def _why_none(trials: Sequence[TrialRecord]) -> str:
         )
     if states["running"]:
         way_out = "let the sweep run to its end"
+    elif states["stopped"]:
+        way_out = "raise the budget that ended the search"
     elif failures:
         way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and sweep again"
     else:

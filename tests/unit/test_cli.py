@@ -117,6 +117,7 @@ def test_every_command_is_there() -> None:
     }
     assert {" ".join(c) for c in commands(tuning.cli.app)} == {
         "sweep",
+        "plan",
         "benchmark",
         "report",
         "champions promote",

@@ -107,7 +107,7 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
     tracker.log_summary(
         parents["bolt"],
         metrics={"test_image_auroc": 0.95},
-        tags={"champion_run_id": runs[1], "train_labels": "8", "train_masks": "0"},
+        tags={"champion_run_id": runs[1], "train_labels": "8", "train_masks": "0", "ended_by": "search.time_budget=2h"},
     )
     tracker.log_summary(runs[1], tags={"champion_version": "widgets.bolt/1"})
 
@@ -132,4 +132,4 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
         champion="widgets.bolt/1",
     )
     assert nut == LeaderboardRow(category="nut")
-    assert list(board.notes) == ["trials that exceeded a bound and could not win: bolt 1 of 4"]
+    assert list(board.notes) == ["search.time_budget=2h", "trials that exceeded a bound and could not win: bolt 1 of 4"]
