@@ -56,6 +56,17 @@ def sweep(
         bool,
         typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
     ] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Also try what did best in other categories (search.transfer).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="labels|latency",
+            help="Weigh the objective against this cost: a front per category (objective.against).",
+        ),
+    ] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
     max_trials: Annotated[
@@ -98,6 +109,8 @@ def sweep(
         *placement_sets(num_workers, use_gpu),
         *search_sets(trials, max_trials, time_budget, max_gpu_hours),
         *(["search.shared=true"] if shared else ()),
+        *(["search.transfer=true"] if transfer else ()),
+        *([f"objective.against={against}"] if against is not None else ()),
     ]
     name = dataset_name(dataset)
     categories = tuple(category) if category else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tuning.costs import is_feasible
 from tuning.tracking.mlflow_tracker import absolute_uri, ui_command
 from tuning.tracking.protocol import PARENT_STAGE, RunRecord
 
@@ -48,6 +49,8 @@ class LeaderboardRow:
     trials_complete: int = 0
     trials_pruned: int = 0
     trials_failed: int = 0
+    trials_infeasible: int = 0
+    """Complete or not, they exceeded a bound such as ``objective.max_masks`` and could not win."""
     duration_s: float | None = None
     """Summed over the category's trials and finalists, however many ran at once."""
     champion: str | None = None
@@ -230,6 +233,16 @@ def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def count_infeasible(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """A note on trials that could not win for what they cost; none where all could."""
+    counted = [
+        f"{row.category} {row.trials_infeasible} of {row.trials_complete + row.trials_pruned + row.trials_failed}"
+        for row in rows
+        if row.trials_infeasible
+    ]
+    return [f"trials that exceeded a bound and could not win: {', '.join(counted)}"] if counted else []
+
+
 def leaderboard_from_runs(
     dataset: str,
     sweep_id: str,
@@ -261,8 +274,8 @@ def leaderboard_from_runs(
     ]
     decisions = [parent.tags["decision"] for parent in parents if "decision" in parent.tags]
     ended_by = dict.fromkeys(parent.tags["ended_by"] for parent in parents if "ended_by" in parent.tags)
-    found = (*notes, *ended_by, *sorted(decisions))
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=found)
+    notes = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=notes)
 
 
 def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:
@@ -294,6 +307,7 @@ def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, R
         trials_complete=states.count("COMPLETE"),
         trials_pruned=states.count("PRUNED"),
         trials_failed=states.count("FAIL"),
+        trials_infeasible=sum(not is_feasible(trial.metrics) for trial in trials),
         duration_s=sum(durations_s) if durations_s else None,
         champion=parent.tags.get("champion") or (best.tags.get("champion_version") if best else None),
         **counts,

@@ -23,12 +23,13 @@ from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.errors import SSNError
 from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
+from tuning.costs import check_against, describe_pick
 from tuning.feature_groups import category_spaces, models_of
 from tuning.feature_sizes import MapSizes, size_feature_groups
 from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
-from tuning.report import Leaderboard
+from tuning.report import Leaderboard, count_infeasible
 from tuning.settings import SweepSettings
 from tuning.space import CategorySpace
 from tuning.sweep_result import (
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from tuning.shared import SharedSearcher
     from tuning.shared_report import SharedComparison
     from tuning.tracking.protocol import Sweep
+    from tuning.warm_start import Start
+    from tuning.winner import TrialRecord
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
@@ -112,6 +115,7 @@ def sweep(
         check_objective(settings.objective, search_data.info)
     check_overrides(settings, data_uri, dataset)
     spaces = category_spaces(settings, {name: search_data.info for name, search_data in data.items()})
+    check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
     store = MLflowTracker(tracking_uri, persistent=False)
@@ -137,8 +141,9 @@ def sweep(
     )
     tracker = Outbox(store, outbox_folder(out, run.sweep_id))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher = run.searcher()
-    notices = list(dict.fromkeys(notice for space in spaces.values() for notice in space.notices))
+    starts, notices = run.starts(tracker)
+    searcher = run.searcher(starts)
+    notices = list(dict.fromkeys([*(notice for space in spaces.values() for notice in space.notices), *notices]))
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
@@ -312,7 +317,31 @@ class _Run:
     out: Path | str
     sweep_id: str
 
-    def searcher(self) -> MultiplexSearcher | SharedSearcher:
+    def starts(self, tracker: Any) -> tuple[dict[str, tuple[Start, ...]], list[str]]:
+        """What each category tries before the sampler is asked, and what to tell the user about it."""
+        from tuning.champions import find_champion
+        from tuning.warm_start import plan_starts, read_transfers
+
+        search, earlier = self.settings.search, None
+        if search.shared:
+            return dict.fromkeys(self.data, ()), []
+        if search.transfer:
+            split_seeds = {name: data.info.split_seed for name, data in self.data.items()}
+            earlier = read_transfers(tracker.find_runs(self.dataset), split_seeds)
+        starts, notices = {}, []
+        for name, data in self.data.items():
+            find = functools.partial(find_champion, tracker.tracking_uri, self.dataset, name)
+            starts[name], found = plan_starts(
+                data.info,
+                self.spaces[name],
+                trials_per_category=search.trials,
+                find=find if search.warm_start else None,
+                earlier=earlier,
+            )
+            notices += found
+        return starts, notices
+
+    def searcher(self, starts: Mapping[str, tuple[Start, ...]]) -> MultiplexSearcher | SharedSearcher:
         from tuning.search import CategorySearch, MultiplexSearcher
 
         search = self.settings.search
@@ -326,6 +355,7 @@ class _Run:
                     key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
                 },
                 split_seed=data.info.split_seed,
+                starts=starts[name],
             )
             for name, data in self.data.items()
         ]
@@ -346,6 +376,8 @@ class _Run:
             sweep_id=self.sweep_id,
             trials_per_category=search.trials,
             search_seed=search.seed,
+            transfer=search.transfer,
+            against=self.settings.objective.against,
             max_trials=search.max_trials,
             reuse_features=not self.features_fit,
         )
@@ -442,7 +474,9 @@ class _Run:
             progress = ProgressCallback(searcher)
             self.tune(searcher, FIFOScheduler(), progress, tracker, sweep_tags, features, name=self.sweep_id)
         else:
-            scheduler = MultiplexScheduler(self.settings.rungs(), history=searcher)
+            scheduler = MultiplexScheduler(
+                self.settings.rungs(), against=self.settings.objective.against, history=searcher
+            )
             progress = ProgressCallback(searcher)
             tuner = self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id)
             searcher = searcher_of(tuner)
@@ -477,7 +511,7 @@ class _Run:
         else:
             planned = {
                 name: plan_finalists(
-                    rank_trials(searcher.records(name)), finalists, functools.partial(searcher.identity, name)
+                    rank_trials(self.candidates(searcher, name)), finalists, functools.partial(searcher.identity, name)
                 )
                 for name in self.data
             }
@@ -505,7 +539,14 @@ class _Run:
 
         if isinstance(searcher, SharedSearcher):
             return select_shared(searcher, self.settings.finalists, finals.planned, finals.records)[name]
-        return select_finalist(searcher.records(name), finals.planned[name], finals.records.get(name, ()))
+        trials = self.candidates(searcher, name)
+        return select_finalist(trials, finals.planned[name], finals.records.get(name, ()))
+
+    def candidates(self, searcher: MultiplexSearcher, name: str) -> list[TrialRecord]:
+        """The category's trials that may become its champion."""
+        from tuning.pareto import choose_candidates
+
+        return choose_candidates(searcher.records(name), self.settings.objective)
 
     def tune(
         self,
@@ -587,18 +628,43 @@ class _Run:
                     parents[result.category],
                     metrics=metrics,
                     tags={**judged_by, "searched": describe_search(self.settings), **tags},
-                    files=[*(Path(scratch, name) for name in tables), decision],
+                    files=[
+                        *(Path(scratch, name) for name in tables),
+                        decision,
+                        *self.draw_front(result, Path(scratch)),
+                    ],
                 )
+
+    def draw_front(self, result: CategoryResult, scratch: Path) -> list[Path]:
+        """Files that show what a category's objective costs, if that was asked for."""
+        from tuning.pareto_chart import write_front
+
+        objective, counts = self.settings.objective, self.data[result.category].info.counts["validation"]
+        if objective.against == "none":
+            return []
+        return write_front(
+            Path(tempfile.mkdtemp(dir=scratch)),
+            result.trials,
+            None if result.selection is None else result.selection.winner.trial.index,
+            objective,
+            heading=f"{self.dataset}, {result.category}",
+            about=f"Judged by {counts.normal} normal and {counts.defective} defective validation images, so that small "
+            "differences may be chance.",
+        )
 
 
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
     notes = [*notes, *(notice for result in results for notice in result.notices())]
-    if run.settings.objective.cost_per_mask == 0 and any(d.info.counts["pool"].masks for d in run.data.values()):
+    unpriced = run.settings.objective.cost_per_mask == 0 and run.settings.objective.against != "labels"
+    if unpriced and any(d.info.counts["pool"].masks for d in run.data.values()):
         notes.append("labels were free in this search (objective.cost_per_mask is 0)")
+    notes += describe_pick(run.settings.objective)
+    rows = [leaderboard_row(run.data[r.category], r) for r in results]
+    notes += count_infeasible(rows)
     return Leaderboard(
         dataset=run.dataset,
         sweep_id=run.sweep_id,
-        rows=[leaderboard_row(run.data[r.category], r) for r in results],
+        rows=rows,
         tracking_uri=tracking_uri,
         notes=notes,
     )

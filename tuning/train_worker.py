@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
+from tuning.costs import needs_latency
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 from tuning.weights import weights_key
@@ -155,7 +156,21 @@ def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult
             report=report,
             resume_from=resume_from,
             device=device,
+            latency_ms=_latency_ms(trial, context, device),
         )
+
+
+def _latency_ms(trial: Mapping[str, Any], context: TrialContext, device: str) -> float | None:
+    """As an earlier trial of the same shape measured it, else measured here; None where nobody asks."""
+    from ssn.backbone import load_backbone
+    from tuning.latency import measure_latency_ms
+
+    if context.objective is None or not needs_latency(context.objective):
+        return None
+    if "latency_ms" in trial:
+        return float(trial["latency_ms"])
+    config = unflatten(trial["config"])
+    return measure_latency_ms(config, load_backbone(config.model), device=device)
 
 
 def _finishing(report: ReportResult, finish: Finish, trial: Mapping[str, Any], device: str) -> ReportResult:

@@ -247,6 +247,22 @@ def test_one_category_cannot_share() -> None:
         make(masks={"bolt": 4})
 
 
+@pytest.mark.parametrize(
+    ("search", "objective", "key"),
+    [
+        ({}, {"against": "labels"}, "objective.against"),
+        ({}, {"max_masks": 4}, "objective.max_masks"),
+        ({}, {"max_latency_ms": 9.0}, "objective.max_latency_ms"),
+        ({"transfer": True}, {}, "search.transfer"),
+    ],
+)
+def test_what_a_shared_search_cannot_weigh_is_refused(
+    search: dict[str, bool], objective: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(SSNError, match=f"{key} is .* with search.shared"):
+        SweepSettings(search=SearchSettings(shared=True, **search), objective=ObjectiveSettings(**objective))
+
+
 def test_categories_cannot_share_and_differ() -> None:
     search = SearchSettings(shared=True, categories={"bolt": {SIGMA: 0.1}})
     infos = {name: make_info(name) for name in ("bolt", "nut")}
