@@ -14,6 +14,7 @@ from ssn.data.reader import CategoryInfo, SearchData
 from ssn.data.records import SEARCH_SPLITS
 from tuning.budget import Budget, share_trials
 from tuning.capacity import Capacity, NodeShape, max_concurrent
+from tuning.costs import check_against
 from tuning.feature_groups import FEATURE_KEYS, category_spaces, enumerate_configs
 from tuning.feature_sizes import FeatureGroup, MapSizes, size_feature_groups
 from tuning.rungs import Rungs
@@ -209,6 +210,8 @@ def plan(
         check_protocol(each.info)
         check_objective(settings.objective, each.info)
     check_overrides(settings, data_uri, dataset)
+    spaces = category_spaces(settings, {name: each.info for name, each in data.items()})
+    check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     capacity, feature_budget_bytes = look_around()
     placement = place(settings, capacity)
     check_budget(settings, placement)
@@ -216,7 +219,6 @@ def plan(
     calibration = None
     if calibrate:
         first = next(iter(data.values()))
-        spaces = category_spaces(settings, {name: each.info for name, each in data.items()})
         configs = [config for space in spaces.values() for config in enumerate_configs(space, FEATURE_KEYS)]
         if "RAY_ADDRESS" in os.environ:
             import ray

@@ -118,6 +118,7 @@ def test_every_command_is_there() -> None:
     assert {" ".join(c) for c in commands(tuning.cli.app)} == {
         "sweep",
         "plan",
+        "replay",
         "benchmark",
         "report",
         "champions promote",

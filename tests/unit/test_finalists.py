@@ -162,3 +162,18 @@ def test_means_are_of_what_every_run_reported() -> None:
     first.metrics["hostname"] = second.metrics["hostname"] = "here"
     means: dict[str, Any] = Finalist(first, (first, second)).mean_metrics()
     assert means == {"objective": pytest.approx(0.85), "val_loss": 2.0}
+
+
+def test_finalists_that_a_budget_ends_are_out_and_the_search_decides() -> None:
+    trials = [trial(0, 0.5), trial(1, 0.7)]
+    planned = plan(trials, count=2, seeds=2)
+    runs = FixedRuns(planned, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
+    assert isinstance(runs.suggest("a"), dict)
+    runs.on_trial_result("a", {"epoch": 1})
+    assert not runs.done
+    runs.end("search.time_budget=2h ended the finalists' further runs")
+    assert runs.done
+    assert [r.state for r in runs.records()] == ["stopped"]
+    found = select_finalist(trials, planned, runs.records())
+    assert found.winner.trial.index == 1
+    assert "search.time_budget=2h ended the finalists' further runs, after 1 of its" in found.notices[0]

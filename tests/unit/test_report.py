@@ -132,4 +132,7 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
         champion="widgets.bolt/1",
     )
     assert nut == LeaderboardRow(category="nut")
-    assert list(board.notes) == ["search.time_budget=2h", "trials that exceeded a bound and could not win: bolt 1 of 4"]
+    assert list(board.notes) == [
+        "search.time_budget=2h",
+        "trials that exceeded a bound and could not win: bolt 1 of 4",
+    ]
