@@ -155,7 +155,7 @@ for index in range({TRIALS}):
     print("said", index, flush=True)
 callback.on_experiment_end([])
 tracker.finish_sweep(sweep)
-tracker.close()
+tracker.close(600)
 """
 """What Tune's driver tells the tracker of trials that follow one another, without a cluster."""
 
@@ -168,7 +168,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[None]:
     with (folder / "server.log").open("a") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(f"127.0.0.1:{port}", server, timeout_s=180)
+        wait_for(f"127.0.0.1:{port}", server, timeout_s=600)
         yield
     finally:
         os.killpg(server.pid, signal.SIGKILL)
@@ -219,8 +219,8 @@ def test_server_that_is_away_for_a_while_costs_nothing(tmp_path: Path) -> None:
         print(f"everything was there {time.monotonic() - back_s:.1f} s after the server was back")
         check_whole(seen)
     lines = log.read_text()
-    assert lines.count("tracking waits: MLflow at") == 1
-    assert lines.count("the store answers again") == 1
+    assert lines.count("tracking waits: MLflow at") == lines.count("the store answers again") >= 1
+    assert "Metrics go on" not in lines, "the server is away, not its disk full"
     assert not (tmp_path / "outbox").exists()
 
 

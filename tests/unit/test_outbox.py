@@ -20,7 +20,7 @@ from tuning.tracking import outbox as module
 from tuning.tracking.delivery import MAX_ERRORS_OF_THE_STORE, REFUSED_FILE
 from tuning.tracking.journal import Journal
 from tuning.tracking.outbox import outbox_folder, replay
-from tuning.tracking.protocol import TRIAL_MODEL_FILES, TrackerUnavailableError
+from tuning.tracking.protocol import TRIAL_MODEL_FILES, ArtifactsUnavailableError, TrackerUnavailableError
 
 SWEEP = Sweep("s1", "widgets", {"bolt": {"search_fingerprint": "f"}, "nut": {}})
 PAUSE_S = 0.01
@@ -242,6 +242,59 @@ def test_no_space_for_artifacts_keeps_back_their_trial_alone(
     resumed.close()
     store._runs = {k: r for k, r in store._runs.items() if r.name != "nut-009"}
     check_a_sweep(store)
+
+
+def test_artifacts_that_fail_because_the_store_is_away_wait_with_everything(
+    store: MemoryTracker,
+    make: Callable[..., Outbox],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def upload_to_nowhere() -> None:
+        store.down = True
+        raise ArtifactsUnavailableError("connection refused")
+
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    assert outbox.drain(30)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_take_files", upload_to_nowhere)
+        say_a_sweep(outbox, checkpoint)
+        until(lambda: outbox._delivery().trouble)
+    time.sleep(5 * PAUSE_S)
+    store.down = False
+    outbox.close()
+    check_a_sweep(store)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[2][:22] for line in said] == [" tracking waits: conne", " the store answers aga"]
+
+
+def test_what_is_buffered_is_no_answer(
+    store: MemoryTracker,
+    make: Callable[..., Outbox],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tracker that gathers metrics takes them while its store is away."""
+    outbox = make()
+    parents = outbox.start_sweep(SWEEP)
+    run = outbox.start_trial(SWEEP, trial(0))
+    assert outbox.drain(30)
+    delivery = outbox._delivery()
+    store.down = True
+    outbox.log_summary(parents["nut"], tags={"note": "kept"})
+    until(lambda: delivery.trouble)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "log_summary", lambda *arguments, **options: None)
+        patched.setattr(store, "flush", lambda run_id: None)
+        until(lambda: not delivery.journal.has_more and not delivery._unread)
+        assert delivery.trouble
+    assert "answers again" not in capsys.readouterr().err
+    store.down = False
+    outbox.finish_trial(run, "PRUNED")
+    outbox.close()
+    assert "answers again" in capsys.readouterr().err
 
 
 def test_space_is_noticed_without_being_asked(

@@ -254,9 +254,9 @@ class Delivery:
         while True:
             try:
                 action()
-            except ArtifactsUnavailableError:
-                raise
             except TrackerUnavailableError as error:
+                if isinstance(error, ArtifactsUnavailableError) and self._store_answers():
+                    raise
                 errors += error.may_be_the_call
                 if errors >= MAX_ERRORS_OF_THE_STORE:
                     raise
@@ -272,6 +272,14 @@ class Delivery:
                 pause_s = self._first_pause_s if self._try_now else min(2 * pause_s, LONGEST_PAUSE_S)
                 self._try_now = False
             self._sync()
+
+    def _store_answers(self) -> bool:
+        """Whether anything at all can be had of the store."""
+        try:
+            self.tracker.check()
+        except SSNError:
+            return False
+        return True
 
     def _flush(self) -> None:
         """Have the tracker write what it gathered, and tick off what is written."""
@@ -418,9 +426,9 @@ class Delivery:
             )
 
     def _say_back(self) -> None:
-        self._error = None
-        if self._outage_said:
-            self._outage_said = False
+        # what was done may have been kept in the tracker's memory for the time being
+        if self._outage_said and self._store_answers():
+            self._outage_said, self._error = False, None
             say("tracking: the store answers again; what was kept is being written")
 
     def _say_no_space(self, error: Exception) -> None:
