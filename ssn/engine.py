@@ -31,6 +31,9 @@ from ssn.metrics import Metrics, image_metrics, pixel_metrics
 from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
 from ssn.synthesis import feature_noise, merge_masks, perlin_masks
 
+TRAINED_ON = "trained_on"
+"""Key in a checkpoint's meta data of :meth:`Trainer.trained_on`; those of earlier releases lack it."""
+
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -357,8 +360,14 @@ class Trainer:
                 "duration_s": self.duration_s,
                 "masks_used": len(self.supervision.used),
                 "weak_labels_used": len(self.supervision.weak),
+                TRAINED_ON: self.trained_on(),
             },
         )
+
+    def trained_on(self) -> list[str]:
+        """Ids, sorted, of the images that the run trains on: normal ones, and defective ones with or without a mask."""
+        pool = self.features.pool.ids
+        return sorted({*self.features.train.ids, *(pool[index] for index in self._drawn)})
 
     def restore(self, directory: Path) -> None:
         """Continue from what :meth:`save` wrote.

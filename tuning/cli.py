@@ -63,6 +63,10 @@ def sweep(
             help="Weigh the objective against this cost: a front per category (objective.against).",
         ),
     ] = None,
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
+    ] = False,
     set_: SetOption = None,
     config: ConfigOption = None,
     tracking_uri: TrackingOption = None,
@@ -90,6 +94,8 @@ def sweep(
         sets.append("search.transfer=true")
     if against is not None:
         sets.append(f"objective.against={against}")
+    if shared:
+        sets.append("search.shared=true")
     name = dataset_name(dataset)
     categories = tuple(category) if category else None
     defaults = read_defaults(data, name, categories)
@@ -106,6 +112,8 @@ def sweep(
         out=out,
     )
     show_leaderboard(result.leaderboard)
+    if result.comparison is not None:
+        print_whole(result.comparison.table())
     if json_file is not None:
         write_json(json_file, result.to_dict())
 
@@ -250,6 +258,21 @@ def report(
     show_leaderboard(leaderboard, markdown=markdown)
     if json_file is not None:
         write_json(json_file, leaderboard.as_dict())
+
+
+@app.command()
+def replay(
+    outbox: Annotated[Path, typer.Argument(metavar="OUTBOX", help="The folder that the sweep named.")],
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="Where MLflow is now, if not where the sweep had it."),
+    ] = None,
+) -> None:
+    """Write to MLflow what a sweep could not while MLflow was away, and end the runs that a killed sweep left open."""
+    from tuning.tracking.outbox import replay as run_replay
+
+    count = run_replay(outbox, tracking_uri)
+    print(f"{count} operations replayed")
 
 
 def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:

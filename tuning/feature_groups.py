@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ssn.config import Config, ModelConfig, unflatten
 from ssn.data.reader import CategoryInfo
 from ssn.data.sampling import attainable_ratios
+from ssn.errors import SSNError
 from tuning.costs import limit_masks
 from tuning.settings import SweepSettings
-from tuning.space import Axis, CategorySpace, Choice, Follows, as_plain, resolve_space
+from tuning.space import (
+    RATIO_KEY,
+    AttainableRatio,
+    Axis,
+    CategorySpace,
+    Choice,
+    FloatRange,
+    Follows,
+    as_plain,
+    resolve_space,
+)
 from tuning.weights import weights_key
 
 MODEL_KEYS = ("model.backbone", "model.weights", "model.layers")
@@ -42,6 +54,42 @@ def category_space(settings: SweepSettings, info: CategoryInfo) -> CategorySpace
         num_defective=pool.defective,
     )
     return limit_masks(resolved, info.category, pool.masks, settings.objective.max_masks)
+
+
+def shared_space(settings: SweepSettings, infos: Mapping[str, CategoryInfo]) -> CategorySpace:
+    """The search of one configuration for all categories.
+
+    The supervision ratio is a float in it, as the categories' pools differ; each category takes its nearest.
+
+    Raises:
+        SSNError: there is but one category, or the settings differ between categories; see also
+            :func:`tuning.space.resolve_space`.
+    """
+    if len(infos) < 2:
+        raise SSNError(f"a shared search needs several categories, but there is only {next(iter(infos))}; do without")
+    if settings.search.categories:
+        raise SSNError(
+            "search.shared searches the same for all categories, but search.categories."
+            f"{next(iter(settings.search.categories))} is given; leave one of the two out"
+        )
+    space, notices = settings.space(), []
+    ratio = space.get(RATIO_KEY)
+    if isinstance(ratio, AttainableRatio) and ratio.low < ratio.high:
+        space[RATIO_KEY] = FloatRange(ratio.low, ratio.high, when=ratio.when)
+        notices.append(f"one {RATIO_KEY} is searched for all categories; each takes the nearest that its masks allow")
+    pools = {name: info.counts["pool"] for name, info in infos.items()}
+    base = settings.base(space)
+    if RATIO_KEY in space or base[RATIO_KEY] > 0:
+        without = [name for name, pool in pools.items() if pool.masks == 0]
+        notices += [f"{name}: the pool has no masks, so {RATIO_KEY} is taken as 0" for name in without]
+    resolved = resolve_space(
+        space,
+        category="all categories",
+        base=base,
+        attainable=attainable_ratios(max(pool.masks for pool in pools.values())),
+        num_defective=max(pool.defective for pool in pools.values()),
+    )
+    return replace(resolved, notices=(*notices, *resolved.notices))
 
 
 def enumerate_configs(space: CategorySpace, keys: Collection[str]) -> list[Config]:

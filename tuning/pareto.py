@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuning.costs import trial_cost
-from tuning.winner import TrialRecord, select_winner
+from tuning.winner import TrialRecord
 
 if TYPE_CHECKING:
     from tuning.settings import Against, ObjectiveSettings
@@ -89,26 +89,24 @@ def hypervolume(points: Sequence[Point], *, worst_objective: float, worst_cost: 
     return area
 
 
-def front_trials(trials: Sequence[TrialRecord], against: Against) -> list[TrialRecord]:
-    """The trials on a category's front; without ``against``, every complete trial that keeps all bounds."""
-    points = make_points(trials, against)
-    kept = {p.index for p in (pareto_front(points) if against != "none" else points)}
-    return [t for t in trials if t.index in kept and t.feasible]
+def contenders(trials: Sequence[TrialRecord], objective: ObjectiveSettings) -> Sequence[TrialRecord]:
+    """The trials of a category among which its champion is chosen, by objective, as without a front.
 
+    Where the objective is weighed against a cost, those on the front, or, for ``objective.pick=knee``, at its knee; so
+    the cheapest wins of those with the highest objective.
 
-def pick_winner(trials: Sequence[TrialRecord], objective: ObjectiveSettings) -> TrialRecord:
-    """The trial of a category that becomes champion.
+    Args:
+        trials: Of the category.
+        objective: What is weighed against what, and how a front's champion is picked.
 
-    The one with the highest objective; where the objective is weighed against a cost, the cheapest of those, or, for
-    ``objective.pick=knee``, the one at the front's knee. Ties go as in :func:`tuning.winner.select_winner`.
-
-    Raises:
-        SSNError: no trial qualifies.
+    Returns:
+        All trials where no front is asked for, or where there is none, so that it can be said why there is no champion.
     """
-    best = select_winner(trials)
     if objective.against == "none":
-        return best
+        return trials
     front = pareto_front(make_points(trials, objective.against))
-    chosen = knee(front) if objective.pick == "knee" else front[-1]
-    ties = {p.index for p in front if _equal(p, chosen)}
-    return select_winner([t for t in trials if t.index in ties])
+    if objective.pick == "knee" and front:
+        chosen = knee(front)
+        front = [p for p in front if _equal(p, chosen)]
+    indices = {p.index for p in front}
+    return [t for t in trials if t.index in indices] or trials

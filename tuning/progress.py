@@ -16,13 +16,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tuning.winner import TrialRecord, select_winner
+from tuning.winner import TrialRecord, rank_trials
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-    from tuning.benchmark_runs import FixedRuns
+    from tuning.fixed_runs import FixedRuns
     from tuning.search import MultiplexSearcher
+    from tuning.shared import SharedSearcher
 
 _LIVE_PERIOD_S = 0.5
 # Rows of the screen that the table's frame, header, summary and the prompt take.
@@ -57,8 +58,7 @@ class CategoryProgress:
 def summarise(category: str, expected: int, records: Sequence[TrialRecord]) -> CategoryProgress:
     """Count the trials of one category."""
     count = {s: sum(r.state == s for r in records) for s in ("running", "complete", "pruned", "failed")}
-    complete = [r for r in records if r.state == "complete" and r.objective is not None]
-    return CategoryProgress(category, expected, best=select_winner(complete) if complete else None, **count)
+    return CategoryProgress(category, expected, best=next(iter(rank_trials(records)), None), **count)
 
 
 def estimate_time_left_s(
@@ -106,7 +106,7 @@ class ProgressCallback(Callback):
 
     def __init__(
         self,
-        searcher: MultiplexSearcher | FixedRuns,
+        searcher: MultiplexSearcher | SharedSearcher | FixedRuns[Any],
         *,
         ranked: bool = True,
         interval_s: float = 30.0,

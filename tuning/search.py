@@ -176,6 +176,10 @@ class MultiplexSearcher(Searcher):
             sum(r.state != "running" for r in self._by_category[c]) >= self.expected_trials(c) for c in self._categories
         )
 
+    def identity(self, category: str, config: Mapping[str, Any]) -> str:
+        """Identity of the trial that trains with a flat configuration on a category."""
+        return self._categories[category].identity(config)
+
     def study(self, category: str) -> optuna.Study:
         """The category's Optuna study."""
         return self._studies[category]

@@ -35,6 +35,9 @@ class SearchSettings:
 
     trials: int = 16
     """Trials per category; the first is the configuration as it stands."""
+    shared: bool = False
+    """Whether one configuration is searched for all categories, by its mean objective; ``trials`` is then how many
+    configurations are tried."""
     space: Mapping[str, object] = field(default_factory=lambda: dict(DEFAULT_SPACE))
     """What is searched: dotted config key -> axis, written as ``tuning.space_syntax`` says. A file or option that names
     one key changes that key and keeps the rest."""
@@ -55,6 +58,18 @@ class SearchSettings:
     transfer: bool = False
     """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
     three trials of each category, and a quarter of its budget."""
+
+
+@dataclass(frozen=True)
+class FinalistSettings:
+    """How the search's best are tried again before one of them becomes champion."""
+
+    count: int = 3
+    """Complete trials per category, best first, that are trained with more seeds; 1: the search's best wins as it
+    is."""
+    seeds: int = 3
+    """Runs of each finalist, the search's own included; the others' ``train.train_seed`` and ``train.label_seed`` count
+    up from the search's. 1: the search's best wins as it is."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class SweepSettings:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     search: SearchSettings = field(default_factory=SearchSettings)
+    finalists: FinalistSettings = field(default_factory=FinalistSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
@@ -109,6 +125,8 @@ class SweepSettings:
         _require("search.eta", s.eta, s.eta >= 2, "at least 2")
         _require("search.seed", s.seed, s.seed >= 0, "at least 0")
         _require("search.max_concurrent", s.max_concurrent, s.max_concurrent is None or s.max_concurrent >= 1, ">= 1")
+        _require("finalists.count", self.finalists.count, self.finalists.count >= 1, "at least 1")
+        _require("finalists.seeds", self.finalists.seeds, self.finalists.seeds >= 1, "at least 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
         _require("objective.cost_per_mask", o.cost_per_mask, o.cost_per_mask >= 0, "at least 0")
         _require("objective.against", o.against, o.against in get_args(Against), "one of none, labels, latency")
@@ -123,6 +141,12 @@ class SweepSettings:
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")
         _require("resources.cpus_per_worker", r.cpus_per_worker, r.cpus_per_worker > 0, "positive")
         _require("resources.gpus_per_worker", r.gpus_per_worker, r.gpus_per_worker > 0, "positive")
+        bounded = o.max_masks is not None or o.max_latency_ms is not None
+        if s.shared and (s.transfer or o.against != "none" or bounded):
+            raise SSNError(
+                "search.shared tries one configuration on every category and weighs nothing; leave search.transfer, "
+                "objective.against, objective.max_masks and objective.max_latency_ms out, or search.shared"
+            )
         for category in (None, *s.categories):
             self._check_space(category)
 

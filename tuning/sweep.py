@@ -7,47 +7,57 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import logging
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from ssn.config import unflatten
-from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
+from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
 from tuning.costs import check_against, describe_pick
-from tuning.feature_groups import category_space, models_of
+from tuning.feature_groups import category_space, models_of, shared_space
+from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard, count_infeasible
 from tuning.settings import SweepSettings
 from tuning.space import CategorySpace
-from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
-from tuning.tracking.protocol import count_scores
+from tuning.sweep_result import (
+    CategoryResult,
+    SweepResult,
+    describe_decision,
+    describe_search,
+    leaderboard_row,
+    parent_summary,
+)
+from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S
 from tuning.train_worker import Placement
-from tuning.tune_run import open_storage, run_tune
+from tuning.tune_run import SharedFeatures, open_storage, run_tune, share_features
 from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
+    from ray.tune import Tuner
+    from ray.tune.schedulers import TrialScheduler
+    from ray.tune.search import Searcher
     from rich.console import Console
 
-    from ssn.checkpoint import Checkpoint
-    from ssn.data.reader import TestData
     from tuning.benchmark_plan import BenchmarkSettings
-    from tuning.champions import ChampionVersion
+    from tuning.finalists import Finals, Selection
+    from tuning.progress import ProgressCallback
     from tuning.search import MultiplexSearcher
+    from tuning.shared import SharedSearcher
+    from tuning.shared_report import SharedComparison
     from tuning.tracking.protocol import Sweep
     from tuning.warm_start import Start
-    from tuning.winner import TrialRecord
-
-T = TypeVar("T")
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
@@ -90,7 +100,8 @@ def sweep(
     """
     import optuna
 
-    from tuning.tracking import MLflowTracker
+    from tuning.tracking import MLflowTracker, Outbox
+    from tuning.tracking.outbox import outbox_folder
 
     started_s = time.monotonic()
     console = console or open_stderr()
@@ -99,12 +110,16 @@ def sweep(
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
     check_overrides(settings, data_uri, dataset)
-    spaces = {name: category_space(settings, search_data.info) for name, search_data in data.items()}
+    infos = {name: search_data.info for name, search_data in data.items()}
+    if settings.search.shared:
+        spaces = dict.fromkeys(infos, shared_space(settings, infos))
+    else:
+        spaces = {name: category_space(settings, info) for name, info in infos.items()}
     check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
-    tracker = MLflowTracker(tracking_uri)
-    tracker.check()
+    store = MLflowTracker(tracking_uri, persistent=False)
+    store.check()
 
     connect_ray()
     placement = place(settings)
@@ -121,13 +136,15 @@ def sweep(
         out=out,
         sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
     )
+    tracker = Outbox(store, outbox_folder(out, run.sweep_id))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    starts, notices = run.starts(tracker)
-    searcher, notices = run.searcher(starts), [*(n for space in spaces.values() for n in space.notices), *notices]
+    starts, found = ({name: () for name in data}, []) if settings.search.shared else run.starts(tracker)
+    searcher = run.searcher(starts)
+    notices = [*dict.fromkeys(notice for space in spaces.values() for notice in space.notices), *found]
     for notice in notices:
         console.print(f"note: {notice}", highlight=False, markup=False)
     with terminate_as_interrupt():
-        leaderboard, results = run.execute(searcher, notices, tracker, console)
+        leaderboard, results, comparison = run.execute(searcher, notices, tracker, console)
     failures = [
         result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
         for result in results
@@ -137,7 +154,7 @@ def sweep(
         raise SSNError(failures[0])
     for failure in failures:
         console.print(f"warning: {failure}", highlight=False, markup=False)
-    return SweepResult(leaderboard, results, time.monotonic() - started_s)
+    return SweepResult(leaderboard, results, time.monotonic() - started_s, comparison)
 
 
 def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | None) -> dict[str, SearchData]:
@@ -286,44 +303,77 @@ class _Run:
             notices += found
         return starts, notices
 
-    def searcher(self, starts: Mapping[str, tuple[Start, ...]]) -> MultiplexSearcher:
+    def searcher(self, starts: Mapping[str, tuple[Start, ...]]) -> MultiplexSearcher | SharedSearcher:
         from tuning.search import CategorySearch, MultiplexSearcher
 
+        search = self.settings.search
+        categories = [
+            CategorySearch(
+                category=name,
+                base=self.spaces[name].base,
+                space=self.spaces[name].axes,
+                search_fingerprint=data.info.search_fingerprint,
+                weights_digests={
+                    key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
+                },
+                split_seed=data.info.split_seed,
+                starts=starts[name],
+            )
+            for name, data in self.data.items()
+        ]
+        if search.shared:
+            from tuning.shared import make_shared_searcher
+
+            return make_shared_searcher(
+                categories,
+                pools={name: data.info.counts["pool"] for name, data in self.data.items()},
+                sweep_id=self.sweep_id,
+                num_configurations=search.trials,
+                search_seed=search.seed,
+                eta=search.eta,
+            )
         return MultiplexSearcher(
-            [
-                CategorySearch(
-                    category=name,
-                    base=self.spaces[name].base,
-                    space=self.spaces[name].axes,
-                    search_fingerprint=data.info.search_fingerprint,
-                    weights_digests={
-                        key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
-                    },
-                    split_seed=data.info.split_seed,
-                    starts=starts[name],
-                )
-                for name, data in self.data.items()
-            ],
+            categories,
             sweep_id=self.sweep_id,
-            trials_per_category=self.settings.search.trials,
-            search_seed=self.settings.search.seed,
-            transfer=self.settings.search.transfer,
+            trials_per_category=search.trials,
+            search_seed=search.seed,
+            transfer=search.transfer,
             against=self.settings.objective.against,
         )
 
     def execute(
-        self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
-    ) -> tuple[Leaderboard, list[CategoryResult]]:
+        self, searcher: MultiplexSearcher | SharedSearcher, notices: Sequence[str], tracker: Any, console: Console
+    ) -> tuple[Leaderboard, list[CategoryResult], SharedComparison | None]:
         """Search, crown and report; however it ends, no run is left open."""
+        from tuning.crown import Crowning
+
         sweep_tags = self.tracked(tracker)
         status = "FAILED"
         try:
-            searcher = self.search(searcher, tracker, sweep_tags)
+            features = share_features(self.sweep_id)
+            searcher = self.search(searcher, tracker, sweep_tags, features)
             if not searcher.done:
                 raise KeyboardInterrupt
-            results = self.crown(searcher, tracker, sweep_tags, console)
+            finals = self.try_finalists(searcher, tracker, sweep_tags, features)
+            features.end()
+            crowning = Crowning(
+                settings=self.settings,
+                dataset=self.dataset,
+                data_uri=self.data_uri,
+                data=self.data,
+                placement=self.placement,
+                sweep_id=self.sweep_id,
+                tracker=tracker,
+                console=console,
+            )
+            results = crowning.crown(
+                {name: searcher.records(name) for name in self.data},
+                finals.records,
+                functools.partial(self.select, searcher, finals),
+            )
             leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
-            self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+            comparison = self.compare(tracker, results)
+            self.log_leaderboard(tracker, leaderboard, results, comparison)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -335,7 +385,8 @@ class _Run:
             raise
         finally:
             tracker.finish_sweep(sweep_tags, status)
-        return leaderboard, results
+            tracker.close(STOP_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S)
+        return leaderboard, results, comparison
 
     def tracked(self, tracker: Any) -> Sweep:
         from tuning.tracking import Sweep
@@ -360,116 +411,140 @@ class _Run:
         tracker.start_sweep(described)
         return described
 
-    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
+    def search(
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> MultiplexSearcher | SharedSearcher:
         """Run Tune to the end, or until it is interrupted."""
+        from ray.tune.schedulers import FIFOScheduler
+
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
         from tuning.search import searcher_of
+        from tuning.shared import SharedSearcher
+
+        if isinstance(searcher, SharedSearcher):
+            # whole trials count, and configurations are dropped between them
+            progress = ProgressCallback(searcher)
+            self.tune(searcher, FIFOScheduler(), progress, tracker, sweep_tags, features, name=self.sweep_id)
+            return searcher
+        scheduler = MultiplexScheduler(self.settings.rungs(), against=self.settings.objective.against, history=searcher)
+        progress = ProgressCallback(searcher)
+        return searcher_of(self.tune(searcher, scheduler, progress, tracker, sweep_tags, features, name=self.sweep_id))
+
+    def try_finalists(
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> Finals:
+        """Train each category's best trials with more seeds; nothing is pruned.
+
+        Raises:
+            KeyboardInterrupt: some did not run to their end.
+        """
+        from ray.tune.schedulers import FIFOScheduler
+
+        from tuning.finalists import FinalistRun, Finals, plan_finalists
+        from tuning.fixed_runs import FixedRuns
+        from tuning.pareto import contenders
+        from tuning.progress import ProgressCallback
+        from tuning.shared import SharedSearcher, plan_shared_finalists
+        from tuning.tracking.protocol import FINALIST_STAGE
+        from tuning.winner import rank_trials
+
+        finalists = self.settings.finalists
+        if isinstance(searcher, SharedSearcher):
+            planned = plan_shared_finalists(searcher, finalists)
+        else:
+            planned = {
+                name: plan_finalists(
+                    rank_trials(contenders(searcher.records(name), self.settings.objective)),
+                    finalists,
+                    functools.partial(searcher.identity, name),
+                )
+                for name in self.data
+            }
+        todo = [run for runs in planned.values() for run in runs]
+        if not todo:
+            return Finals(planned)
+        runs = FixedRuns(todo, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
+        progress = ProgressCallback(runs, ranked=False)
+        name = f"{self.sweep_id}-finalists"
+        self.tune(runs, FIFOScheduler(), progress, tracker, sweep_tags, features, name=name)
+        if not runs.done:
+            raise KeyboardInterrupt
+        return Finals(planned, {name: runs.records(name) for name in self.data})
+
+    def select(self, searcher: MultiplexSearcher | SharedSearcher, finals: Finals, name: str) -> Selection:
+        """A category's winner, or its run of the configuration that wins for all."""
+        from tuning.finalists import select_finalist
+        from tuning.pareto import contenders
+        from tuning.shared import SharedSearcher, select_shared
+
+        if isinstance(searcher, SharedSearcher):
+            return select_shared(searcher, self.settings.finalists, finals.planned, finals.records)[name]
+        trials = contenders(searcher.records(name), self.settings.objective)
+        return select_finalist(trials, finals.planned[name], finals.records.get(name, ()))
+
+    def tune(
+        self,
+        searcher: Searcher,
+        scheduler: TrialScheduler,
+        progress: ProgressCallback,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+        *,
+        name: str,
+    ) -> Tuner:
+        """One Tune run of the sweep."""
         from tuning.tracking.callback import TrackerCallback
 
-        settings, stop = self.settings, StopFlag()
+        stop = StopFlag()
         storage = open_storage(self.out)
-        tuner = run_tune(
+        return run_tune(
             searcher,
-            MultiplexScheduler(settings.rungs(), against=settings.objective.against, history=searcher),
-            [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
+            scheduler,
+            [progress, TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
             {
-                name: TrialContext(data=data, objective=settings.objective, rungs=settings.rungs())
+                name: TrialContext(data=data, objective=self.settings.objective, rungs=self.settings.rungs())
                 for name, data in self.data.items()
             },
-            name=self.sweep_id,
+            name=name,
             data_uri=self.data_uri,
             weights_digests=self.weights_digests,
             placement=self.placement,
             storage=storage,
-            concurrency=settings.search.max_concurrent,
+            concurrency=self.settings.search.max_concurrent,
             stop=stop,
-        )
-        return searcher_of(tuner)
-
-    def crown(
-        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
-    ) -> list[CategoryResult]:
-        """Choose, score and register each category's champion; several are scored at once."""
-        import ray
-
-        from tuning.champions import load_trial_model
-        from tuning.pareto import pick_winner
-
-        runs = {
-            (r.category, r.tags.get("trial_identity")): r.run_id
-            for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
-        }
-        device = "cuda" if self.placement.use_gpu else "cpu"
-        score = ray.remote(score_champion).options(
-            num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
+            features=features,
         )
 
-        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef]:
-            winner = pick_winner(searcher.records(name), self.settings.objective)
-            run_id = runs[name, winner.trial_key]
-            model = load_trial_model(run_id, tracker.tracking_uri)
-            test = open_test_data(self.data_uri, self.dataset, name)
-            return winner, run_id, score.remote(model, test, device, self.placement.cpus)
+    def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:
+        """A shared search's models with those that were tuned by category; None for any other search."""
+        from tuning.shared_report import compare_with_tuned
 
-        # what goes wrong with one category must not cost the others their champions
-        started = {name: _outcome(start, name) for name in self.data}
-        results = []
-        for name, outcome in started.items():
-            trials = searcher.records(name)
-            default = next((t for t in trials if t.index == 0), None)
-            if isinstance(outcome, str):
-                results.append(CategoryResult(name, None, default, trials, None, None, None, outcome))
-                continue
-            console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
-            winner, run_id, pending = outcome
-            scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
-            if isinstance(scored, str):
-                results.append(CategoryResult(name, winner, default, trials, None, None, run_id, scored))
-                continue
-            champion = self._register(tracker, name, winner, run_id, scored, len(trials))
-            results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
-        return results
-
-    def _register(
-        self, tracker: Any, category: str, winner: TrialRecord, run_id: str, scored: ChampionScore, num_trials: int
-    ) -> ChampionVersion:
-        from tuning.champions import Decision, promote
-
-        info = self.data[category].info
-        runs = tracker.find_runs(self.dataset, category=category)
-        times = 1 + count_scores(runs, category=category, test_fingerprint=info.test_fingerprint, besides=run_id)
-        with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-            picture = Path(scratch, "test_cases.png")
-            picture.write_bytes(scored.picture)
-            tracker.log_summary(
-                run_id,
-                metrics={f"test_{name}": value for name, value in scored.metrics.items()},
-                tags={
-                    "test_split_scored_times": str(times),
-                    **{f"undefined_test_{name}": reason for name, reason in scored.undefined.items()},
-                },
-                files=[picture],
-                artifact_path="pictures",
-            )
-        assert winner.objective is not None
-        return promote(
-            run_id,
-            tracker.tracking_uri,
-            decision=Decision(
-                validation_objective=winner.objective,
-                num_trials=num_trials,
-                test_metrics=scored.metrics,
-                train_masks=int(winner.metrics.get("masks_used", 0)),
-                train_weak_labels=int(winner.metrics.get("weak_labels_used", 0)),
-                validation_labels=info.counts["validation"].defective,
-                validation_masks=info.counts["validation"].masks,
-                extra={"test_split_scored_times": str(times), "objective_metric": self.settings.objective.metric},
-            ),
+        if not self.settings.search.shared:
+            return None
+        return compare_with_tuned(
+            results,
+            tracker.find_runs(self.dataset),
+            dataset=self.dataset,
+            fingerprints={name: data.info.search_fingerprint for name, data in self.data.items()},
+            judged_by=yardstick(self.settings.objective, self.settings.eval),
         )
 
     def log_leaderboard(
-        self, tracker: Any, sweep_tags: Sweep, leaderboard: Leaderboard, results: Sequence[CategoryResult]
+        self,
+        tracker: Any,
+        leaderboard: Leaderboard,
+        results: Sequence[CategoryResult],
+        comparison: SharedComparison | None,
     ) -> None:
         """Summarise each category in its parent run, and keep the whole table there."""
         parents = {
@@ -477,15 +552,27 @@ class _Run:
             for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
             if r.parent_run_id is None
         }
+        judged_by = yardstick(self.settings.objective, self.settings.eval)
         with tempfile.TemporaryDirectory(prefix="leaderboard-") as scratch:
-            table = Path(scratch, "leaderboard.md")
-            table.write_text(leaderboard.markdown())
+            tables = {"leaderboard.md": leaderboard.markdown()}
+            if comparison is not None:
+                tables["comparison.md"] = comparison.markdown()
+            for name, text in tables.items():
+                Path(scratch, name).write_text(text)
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
-                files = [table, *self.draw_front(result, Path(scratch))]
-                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=files)
+                decision = Path(scratch, result.category, "decision.json")
+                decision.parent.mkdir()
+                decision.write_text(json.dumps(describe_decision(result, self.settings), indent=2) + "\n")
+                front = self.draw_front(result, decision.parent)
+                tracker.log_summary(
+                    parents[result.category],
+                    metrics=metrics,
+                    tags={**judged_by, "searched": describe_search(self.settings), **tags},
+                    files=[*(Path(scratch, name) for name in tables), decision, *front],
+                )
 
-    def draw_front(self, result: CategoryResult, scratch: Path) -> list[Path]:
+    def draw_front(self, result: CategoryResult, folder: Path) -> list[Path]:
         """Files that show what a category's objective costs, if that was asked for."""
         from tuning.pareto_chart import write_front
 
@@ -493,9 +580,9 @@ class _Run:
         if objective.against == "none":
             return []
         return write_front(
-            Path(tempfile.mkdtemp(dir=scratch)),
+            folder,
             result.trials,
-            None if result.winner is None else result.winner.index,
+            None if result.selection is None else result.selection.winner.trial.index,
             objective,
             heading=f"{self.dataset}, {result.category}",
             about=f"Judged by {counts.normal} normal and {counts.defective} defective validation images, so that small "
@@ -503,40 +590,8 @@ class _Run:
         )
 
 
-def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) -> ChampionScore:
-    """Score a winner on the test split; runs where a trial would."""
-    from ssn.bundle import find_backbone
-    from ssn.evaluation import evaluate_samples
-    from ssn.predictor import Predictor
-    from ssn.visualize import case_figure
-    from tuning.objective import use_threads
-
-    use_threads(cpus)
-    predictor = Predictor.from_checkpoint(model, find_backbone(model), device=device)
-    evaluation = evaluate_samples(predictor, test.stream(), keep_images=True)
-    with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-        picture = Path(scratch, "cases.png")
-        case_figure(evaluation.cases(), picture, title=f"{test.info.dataset}: {test.info.category}, test split")
-        return ChampionScore(
-            metrics=evaluation.metrics.values,
-            undefined=evaluation.metrics.undefined,
-            num_images=len(evaluation.ids),
-            num_defective=int(evaluation.labels.sum()),
-            picture=picture.read_bytes(),
-        )
-
-
-def _outcome(action: Callable[..., T], *args: Any) -> T | str:
-    """What ``action`` returns, or why it could not, as one line."""
-    try:
-        return action(*args)
-    except SSNError as error:
-        # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
-        return str(getattr(error, "cause", error))
-
-
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
-    notes = list(notes)
+    notes = [*notes, *(notice for result in results for notice in result.notices())]
     unpriced = run.settings.objective.cost_per_mask == 0 and run.settings.objective.against != "labels"
     if unpriced and any(d.info.counts["pool"].masks for d in run.data.values()):
         notes.append("labels were free in this search (objective.cost_per_mask is 0)")

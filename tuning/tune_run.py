@@ -7,6 +7,7 @@ so does a benchmark.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,33 @@ FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
 
 
+@dataclass(frozen=True)
+class SharedFeatures:
+    """A feature store that several Tune runs use one after the other; it ends with the last reference to it."""
+
+    name: str
+    store: Any
+
+    def end(self) -> None:
+        """Free its memory now."""
+        import ray
+
+        ray.kill(self.store)
+
+
+def share_features(name: str) -> SharedFeatures:
+    """Start a feature store with its share of the object store's memory."""
+    import ray
+
+    from tuning.feature_store import start_feature_store
+
+    store = start_feature_store(
+        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=f"features-{name}"
+    )
+    ray.get(store.budget_bytes.remote())
+    return SharedFeatures(f"features-{name}", store)
+
+
 def run_tune(
     searcher: Searcher,
     scheduler: TrialScheduler,
@@ -39,6 +67,7 @@ def run_tune(
     concurrency: int | None,
     stop: StopFlag,
     finish: Finish | None = None,
+    features: SharedFeatures | None = None,
 ) -> Tuner:
     """Run all trials to their end, or until an interrupt sets ``stop``.
 
@@ -55,23 +84,18 @@ def run_tune(
         concurrency: Most trials at once; None: as many as the cluster holds.
         stop: Shared with the callbacks.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
+        features: The caller's, from :func:`share_features`; None: the run has its own.
     """
     import ray
     from ray import tune
 
-    from tuning.feature_store import start_feature_store
-
     storage_path, storage_filesystem = storage
-    store_name = f"features-{name}"
-    store = start_feature_store(
-        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
-    )
-    ray.get(store.budget_bytes.remote())
+    used = features or share_features(name)
     setup = WorkerSetup(
         contexts=contexts,
         data_uri=data_uri,
         weights_digests=weights_digests,
-        store_name=store_name,
+        store_name=used.name,
         namespace=ray.get_runtime_context().namespace,
         placement=placement,
         storage_path=f"{storage_path}/{name}/workers",
@@ -108,7 +132,8 @@ def run_tune(
     )
     with stop_tune_in_order(stop):
         tuner.fit()
-    ray.kill(store)
+    if features is None:
+        used.end()
     return tuner
 
 

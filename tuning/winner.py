@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,21 +73,36 @@ def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
     Raises:
         SSNError: no trial qualifies; the message says what became of them.
     """
-    complete = [t for t in trials if t.state == "complete" and t.objective is not None and t.feasible]
-    if not complete:
+    ranked = rank_trials(trials)
+    if not ranked:
         raise SSNError(_why_none(trials))
+    return ranked[0]
 
-    def rank(trial: TrialRecord) -> tuple[float, float, float, float, float]:
-        assert trial.objective is not None
-        return (
-            -trial.objective,
-            -_finite(trial.metrics.get("val_image_ap"), -math.inf),
-            _finite(trial.metrics.get("val_loss"), math.inf),
-            trial.duration_s,
-            trial.index,
-        )
 
-    return min(complete, key=rank)
+def rank_trials(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that used their whole budget and keep all bounds, best first, by the rule of :func:`select_winner`."""
+    complete = [t for t in trials if t.state == "complete" and t.objective is not None and t.feasible]
+    return sorted(complete, key=lambda trial: rank_key([trial], trial.index))
+
+
+def rank_key(runs: Sequence[TrialRecord], index: int) -> tuple[float, float, float, float, float]:
+    """What :func:`select_winner` sorts by, smaller is better: means over the runs of one configuration.
+
+    Args:
+        runs: Complete ones with an objective.
+        index: Decides what is left.
+    """
+
+    def mean(name: str, otherwise: float) -> float:
+        return statistics.fmean(_finite(run.metrics.get(name), otherwise) for run in runs)
+
+    return (
+        -statistics.fmean(run.objectives[max(run.objectives)] for run in runs),
+        -mean("val_image_ap", -math.inf),
+        mean("val_loss", math.inf),
+        statistics.fmean(run.duration_s for run in runs),
+        index,
+    )
 
 
 def _finite(value: Any, otherwise: float) -> float:

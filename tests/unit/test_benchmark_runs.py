@@ -17,8 +17,9 @@ from tests.made_up_benchmark import ONE_CORE, REPORTED, FakeTrial, make_info, pl
 from tests.planted_features import CONFIG, plant_features
 from tuning.benchmark_plan import PlannedRun
 from tuning.benchmark_results import ResultStore
-from tuning.benchmark_runs import BenchmarkCallback, FixedRuns, make_result
+from tuning.benchmark_runs import BenchmarkCallback, make_result
 from tuning.benchmark_score import ScoreOnTest, describe_hardware
+from tuning.fixed_runs import FixedRuns
 from tuning.objective import TrialContext, run_trial
 from tuning.progress import ProgressCallback
 from tuning.report import leaderboard_from_runs
@@ -29,8 +30,13 @@ from tuning.train_worker import MODEL_FOLDER, Placement, _finishing
 PLAN = plan_of([make_info("bolt"), make_info("nut")], seeds=3)
 
 
-def fixed(plan_runs: tuple[PlannedRun, ...] = PLAN.runs, limit: int | None = None) -> FixedRuns:
-    runs = FixedRuns(plan_runs, lambda run: {"repetition": str(run.seed)})
+def fixed(plan_runs: tuple[PlannedRun, ...] = PLAN.runs, limit: int | None = None) -> FixedRuns[PlannedRun]:
+    runs = FixedRuns(
+        plan_runs,
+        stage=BENCHMARK_STAGE,
+        label=lambda run: f"{run.labels[0]}, repetition {run.seed}",
+        tags=lambda run: {"repetition": str(run.seed)},
+    )
     if limit is not None:
         runs.set_max_concurrency(limit)
     return runs
@@ -168,7 +174,7 @@ def test_benchmark_has_one_parent_that_no_leaderboard_shows(tmp_path: Path) -> N
     # and yet whoever looks at this test split next is told
     assert count_scores(runs, category="bolt", test_fingerprint="0" * 64) == 1
     assert count_scores(runs, category="bolt", test_fingerprint="1" * 64) == 0
-    assert count_scores(runs, category="bolt", test_fingerprint="0" * 64, besides=child.run_id) == 0
+    assert count_scores(runs, category="bolt", test_fingerprint="0" * 64, besides={child.run_id}) == 0
 
 
 def test_callback_crosses_process_borders(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from ssn.errors import SSNError
-from tuning.pareto import Point, front_trials, hypervolume, knee, make_points, pareto_front, pick_winner
+from tuning.pareto import Point, contenders, hypervolume, knee, make_points, pareto_front
 from tuning.pareto_chart import front_csv, write_front
 from tuning.settings import ObjectiveSettings
-from tuning.winner import RecordState, TrialRecord
+from tuning.winner import RecordState, TrialRecord, select_winner
 
 EPOCHS = 9
 LABELS = ObjectiveSettings(against="labels")
@@ -136,8 +136,16 @@ TRIALS = [
 
 def test_only_complete_trials_are_points() -> None:
     assert [p.index for p in make_points(TRIALS, "labels")] == [0, 1, 2, 3, 4, 6]
-    assert [t.index for t in front_trials(TRIALS, "labels")] == [0, 1, 3]
-    assert [t.index for t in front_trials(TRIALS, "none")] == [0, 1, 2, 3, 6]
+
+
+def pick_winner(trials: list[TrialRecord], objective: ObjectiveSettings) -> TrialRecord:
+    return select_winner(contenders(trials, objective))
+
+
+def test_contenders_are_the_front_or_its_knee() -> None:
+    assert [t.index for t in contenders(TRIALS, LABELS)] == [0, 1, 3]
+    assert [t.index for t in contenders(TRIALS, ObjectiveSettings(against="labels", pick="knee"))] == [1]
+    assert contenders(TRIALS, ObjectiveSettings()) == TRIALS
 
 
 def test_winner_is_the_cheapest_of_the_most_accurate_or_the_knee() -> None:

@@ -13,7 +13,16 @@ from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
 from tuning.interrupt import StopFlag
-from tuning.tracking.protocol import STATUS_OF_STATE, RunRecord, Sweep, Tracker, TrialInfo, TrialState, describe_trial
+from tuning.tracking.protocol import (
+    STATUS_OF_STATE,
+    STOP_PATIENCE_S,
+    RunRecord,
+    Sweep,
+    Tracker,
+    TrialInfo,
+    TrialState,
+    describe_trial,
+)
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -96,6 +105,7 @@ class TrackerCallback(Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self.stop:
             self.tracker.finish_sweep(self.sweep, "KILLED")
+            self.tracker.drain(STOP_PATIENCE_S)
             self._open_runs.clear()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
