@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tuning.winner import TrialRecord, select_winner
+from tuning.winner import TrialRecord, rank_trials
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -58,8 +58,7 @@ class CategoryProgress:
 def summarise(category: str, expected: int, records: Sequence[TrialRecord]) -> CategoryProgress:
     """Count the trials of one category."""
     count = {s: sum(r.state == s for r in records) for s in ("running", "complete", "pruned", "failed")}
-    complete = [r for r in records if r.state == "complete" and r.objective is not None]
-    return CategoryProgress(category, expected, best=select_winner(complete) if complete else None, **count)
+    return CategoryProgress(category, expected, best=next(iter(rank_trials(records)), None), **count)
 
 
 def estimate_time_left_s(

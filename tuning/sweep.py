@@ -545,9 +545,9 @@ class _Run:
 
     def candidates(self, searcher: MultiplexSearcher, name: str) -> list[TrialRecord]:
         """The category's trials that may become its champion."""
-        from tuning.pareto import choose_candidates
+        from tuning.pareto import contenders
 
-        return choose_candidates(searcher.records(name), self.settings.objective)
+        return list(contenders(searcher.records(name), self.settings.objective))
 
     def tune(
         self,
