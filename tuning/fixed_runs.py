@@ -43,6 +43,8 @@ class UnprunedSearcher(Searcher):
         super().__init__()
         self._records: dict[str, TrialRecord] = {}
         self._max_concurrent: int | None = None
+        self.ended_by: str | None = None
+        """The budget that ended the runs before their end, in one line; None: none did."""
 
     @property
     def max_concurrent(self) -> int | None:
@@ -83,6 +85,18 @@ class UnprunedSearcher(Searcher):
         elif diverged:
             record.failure = f"its objective was {record.objective} at epoch {record.epoch}"
         record.state = "failed" if error or cut_short or diverged else "complete"
+
+    def end(self, reason: str) -> None:
+        """Take note that a budget ended the runs, those that were still under way with them.
+
+        Args:
+            reason: What it was, in one line.
+        """
+        self.ended_by = reason
+        for record in self._records.values():
+            if record.state == "running":
+                record.state = "stopped"
+                record.failure = f"{reason}, after {record.epoch} of its {record.max_epochs} epochs"
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a run failed, in one line; Tune tells a searcher only that it did."""
@@ -133,7 +147,8 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
     @property
     def done(self) -> bool:
         """Whether every run has ended; false after an interrupt."""
-        return all(self._started) and not any(r.state == "running" for r in self._records.values())
+        running = any(r.state == "running" for r in self._records.values())
+        return self.ended_by is not None or (all(self._started) and not running)
 
     def expected_trials(self, category: str) -> int:
         """Runs of the category."""

@@ -10,25 +10,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from ssn.config import digest, flatten, trial_identity, unflatten
+from ssn.config import flatten, trial_identity, unflatten
 from ssn.errors import SSNError
+from tuning.costs import excesses, shape_key, trial_cost
+from tuning.sampler import make_sampler
 from tuning.space import Axis, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value, validate_space
+from tuning.warm_start import Start, Transfers, transfer_is_due
 from tuning.weights import weights_key
 from tuning.winner import RecordState, TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
+
+    from tuning.settings import Against
 
 MAX_DUPLICATES = 50
 """Suggestions in a row that repeat earlier trials before a category's space counts as exhausted."""
@@ -47,6 +52,8 @@ class CategorySearch:
     weights_digests: Mapping[str, str]
     """Of every backbone that a trial may load, by :func:`tuning.weights.weights_key`."""
     split_seed: int
+    starts: tuple[Start, ...] = ()
+    """Tried in this order after the base configuration, before the sampler is asked."""
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
@@ -73,9 +80,10 @@ class CategorySearch:
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain. The first of every category is
-    its base configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's
-    result and asked anew, without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain, and ``latency_ms`` where that
+    of its network is known. The first of every category is its base configuration, then come its starts; the tag
+    ``suggested_by`` says where a configuration came from. A suggestion that repeats an earlier trial of its category is
+    answered from that trial's result and asked anew, without a run and without counting against the budget.
 
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
     Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
@@ -85,6 +93,13 @@ class MultiplexSearcher(Searcher):
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
+        transfer: Have categories try, now and then, what has done best in others.
+        against: What the objective is weighed against; unless ``none``, studies have two directions.
+        sampler: Makes a category's sampler from the search seed, the category and its budget.
+        max_trials: Budget of all categories together; None: none.
+        reuse_features: Serve the category that was served last first among equals, so that its features are still
+            there. For searches whose features do not fit into memory at once: in the same order every time, none ever
+            would be.
         storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
             them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
             studies that a run which was not restored left in a database are refused.
@@ -100,6 +115,11 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
+        transfer: bool = False,
+        against: Against = "none",
+        sampler: Callable[[int, str, int], BaseSampler] = make_sampler,
+        max_trials: int | None = None,
+        reuse_features: bool = False,
         storage_url: str | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
@@ -110,7 +130,12 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
+        self._max_trials = max_trials
+        self._reuse_features = reuse_features
+        self.ended_by: str | None = None
+        """The budget that ended the search before all trials were started or done, in one line; None: none did."""
         self._storage_url = storage_url
+        self._against = against
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
@@ -118,11 +143,14 @@ class MultiplexSearcher(Searcher):
         for each in categories:
             if each.space:
                 validate_space(each.space)
-        self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
+        self._samplers = {c.category: sampler(search_seed, c.category, trials_per_category) for c in categories}
         self._storage = _open_storage(storage_url)
         self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._latencies_ms: dict[str, float] = {}
+        self._transfers = Transfers() if transfer else None
+        self._served: dict[str, int] = {}  # when each category was served last, in trials
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
@@ -150,7 +178,8 @@ class MultiplexSearcher(Searcher):
 
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
-        return len(self._by_category[category]) if category in self._exhausted else self._budget
+        ended = self.ended_by is not None or category in self._exhausted
+        return len(self._by_category[category]) if ended else self._budget
 
     @property
     def done(self) -> bool:
@@ -172,6 +201,11 @@ class MultiplexSearcher(Searcher):
         record = self._records.get(trial_id)
         return dict(record.objectives) if record else {}
 
+    def recorded_metrics(self, trial_id: str) -> Mapping[str, Any]:
+        """The last report of one trial; empty if the trial is unknown. Survives a restore."""
+        record = self._records.get(trial_id)
+        return record.metrics if record else {}
+
     # What Tune calls.
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
@@ -187,19 +221,27 @@ class MultiplexSearcher(Searcher):
             return None
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if not open_:
+            if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
-            category = min(open_, key=lambda c: len(self._by_category[c]))
+            if self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
+                return str(Searcher.FINISHED)
+            category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
             if record is not None:
                 self._records[trial_id] = record
+                self._served[category] = len(self._records)
                 self._by_category[category].append(record)
                 return {
                     "trial_key": record.trial_key,
                     "category": category,
                     "index": record.index,
                     "config": dict(record.config),
-                    "tags": self._categories[category].tags(record.config),
+                    "tags": {
+                        **self._categories[category].tags(record.config),
+                        "suggested_by": record.suggested_by,
+                    },
+                    **self._known_latency(record),
                 }
             self._exhausted.add(category)
             self.notices.append(
@@ -235,6 +277,17 @@ class MultiplexSearcher(Searcher):
             self._finish(record, "complete")
         else:
             self._finish(record, "failed", "it reported no objective at its last epoch")
+
+    def end(self, reason: str) -> None:
+        """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        running = [record for record in self._records.values() if record.state == "running"]
+        for record in running:
+            self._finish(record, "stopped")
+        self._close(reason, f" and stopped {len(running)} that still ran" if running else "")
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
@@ -278,7 +331,7 @@ class MultiplexSearcher(Searcher):
             return optuna.create_study(
                 study_name=name,
                 storage=self._storage,
-                direction="maximize",
+                directions=["maximize"] if self._against == "none" else ["maximize", "minimize"],
                 sampler=self._samplers[category.category],
                 pruner=optuna.pruners.NopPruner(),
             )
@@ -287,6 +340,17 @@ class MultiplexSearcher(Searcher):
                 f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
             ) from error
 
+    def _close(self, reason: str, more: str = "") -> None:
+        """Start no further trial, and say so."""
+        total = self._budget * len(self._categories)
+        self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+        self.notices.append(self.ended_by)
+
+    def _turn(self, category: str) -> tuple[int, int]:
+        """The category with the least is next."""
+        started = self._by_category[category]
+        return len(started), -self._served.get(category, 0) if self._reuse_features else 0
+
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])
 
@@ -294,8 +358,10 @@ class MultiplexSearcher(Searcher):
         """A trial that is not a repetition, or None after too many that are."""
         search, study = self._categories[category], self._studies[category]
         earlier = {r.trial_key: r for r in self._by_category[category]}
-        if not earlier:
-            study.enqueue_trial(_encode(search.space, search.base))
+        start = self._planned(category)
+        if start is not None:
+            settings = _encode(search.space, {**search.base, **start.params})
+            study.enqueue_trial(settings, user_attrs={"suggested_by": start.suggested_by})
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
             config = search.config(params)
@@ -314,9 +380,29 @@ class MultiplexSearcher(Searcher):
                     max_epochs=int(config["train.epochs"]),
                     config=config,
                     params=params,
+                    suggested_by=asked.user_attrs.get("suggested_by", "sampler"),
                 )
             asked.set_user_attr("duplicate_of", earlier[key].number)
             self._tell(dataclasses.replace(earlier[key], number=asked.number))
+        return None
+
+    def _planned(self, category: str) -> Start | None:
+        """What the category's next trial is without asking the sampler.
+
+        By the number of trials so far, and enqueued only as it is drawn: a queue that a killed driver left in a
+        database would be drawn from in the place of another trial.
+        """
+        search, records = self._categories[category], self._by_category[category]
+        planned = (Start({}, "default"), *search.starts)
+        if len(records) < len(planned):
+            return planned[len(records)]
+        transferred = sum(r.suggested_by == "transfer" for r in records)
+        if self._transfers is None or not transfer_is_due(self._budget, started=len(records), transferred=transferred):
+            return None
+        tried = {r.trial_key for r in records}
+        for params in self._transfers.ranked(search.space, search.base, besides=category):
+            if search.identity(search.config(params)) not in tried:
+                return Start(params, "transfer")
         return None
 
     def _draw(self, category: str) -> tuple[optuna.Trial, dict[str, Any]]:
@@ -332,6 +418,11 @@ class MultiplexSearcher(Searcher):
                     params[key] = _suggest(asked, key, axis)
         return asked, params
 
+    def _known_latency(self, record: TrialRecord) -> dict[str, float]:
+        """What another trial has measured of a network of the same shape."""
+        key = shape_key(record.config)
+        return {"latency_ms": self._latencies_ms[key]} if key in self._latencies_ms else {}
+
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
         epoch = result.get("epoch")
@@ -339,12 +430,18 @@ class MultiplexSearcher(Searcher):
             return
         record.epoch = int(epoch)
         record.metrics = dict(result)
+        if "latency_ms" in result:
+            known = self._latencies_ms.setdefault(shape_key(record.config), float(result["latency_ms"]))
+            record.metrics["latency_ms"] = known  # trials that measured one shape at the same time
         if result.get("objective") is not None:
             record.objectives[record.epoch] = float(result["objective"])
 
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
         self._tell(record)
+        if state == "complete" and record.feasible and self._transfers is not None:
+            assert record.objective is not None
+            self._transfers.note(record.category, record.config, record.objective, is_default=record.index == 0)
 
     def _tell(self, record: TrialRecord) -> None:
         """Bring a finished record, its intermediate values included, into its study.
@@ -358,11 +455,19 @@ class MultiplexSearcher(Searcher):
         if self._storage.get_trial(trial_id).state.is_finished():
             # The database was ahead of the state this searcher was restored from.
             return
+        for bound, excess in excesses(record.metrics).items():
+            # what Trial.set_constraint does; making a Trial of a number would draw from the sampler
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{bound}", excess)
         for epoch, objective in sorted(record.objectives.items()):
             value = objective if math.isfinite(objective) else math.nan
-            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            if self._against == "none":
+                self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            else:  # TPE ranks pruned trials that have intermediate values by a study's one direction, or fails
+                self._storage.set_trial_user_attr(trial_id, f"objective at epoch {epoch}", value)
         if record.state == "complete":
-            study.tell(record.number, record.objective)
+            assert record.objective is not None
+            cost = [] if self._against == "none" else [trial_cost(record.metrics, self._against)]
+            study.tell(record.number, [record.objective, *cost])
         elif record.state == "pruned" or any(not math.isfinite(o) for o in record.objectives.values()):
             study.tell(record.number, state=TrialState.PRUNED)
         else:
@@ -373,7 +478,12 @@ class MultiplexSearcher(Searcher):
         study = self._studies[record.category]
         study.enqueue_trial(
             _encode(self._categories[record.category].space, record.config),
-            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
+            user_attrs={
+                "trial_key": record.trial_key,
+                "params": record.params,
+                "index": record.index,
+                "suggested_by": record.suggested_by,
+            },
         )
         record.number = self._draw(record.category)[0].number
         record.state, record.failure = "running", None
@@ -402,12 +512,6 @@ def _open_storage(url: str | None) -> BaseStorage:
         return optuna.storages.get_storage(url)
     except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
         raise SSNError(f"search storage {url} cannot be opened: {error}".splitlines()[0]) from error
-
-
-def _seeded_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
-    seed = int(digest([search_seed, category])[:8], 16)
-    # Optuna's ten random trials before it models anything would be the whole of a small budget.
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
 
 
 def _index_name(key: str) -> str:

@@ -35,7 +35,7 @@ ALL = "all categories"
 
 SHARED_RULE = f"of one configuration for all categories, the mean over them: {RULE}"
 
-State = Literal["running", "complete", "pruned", "failed"]
+State = Literal["running", "complete", "pruned", "failed", "stopped"]
 
 
 def goes_on(mean: float, others: Sequence[float], eta: int) -> bool:
@@ -83,6 +83,7 @@ class SharedSearcher(UnprunedSearcher):
         categories: In the order they are tried.
         pools: Counts of each category's labelled pool.
         eta: Reduction factor of the rungs over categories: 1, eta, eta^2, ...
+        max_trials: Budget of runs, over all categories together; None: none.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class SharedSearcher(UnprunedSearcher):
         *,
         pools: Mapping[str, SplitCount],
         eta: int,
+        max_trials: int | None = None,
     ) -> None:
         super().__init__()
         self._study = study
+        self._max_trials = max_trials
         self._searches = {search.category: search for search in categories}
         self._pools = dict(pools)
         self._eta = eta
@@ -140,6 +143,12 @@ class SharedSearcher(UnprunedSearcher):
         """The next trial; None while places are taken or what follows depends on running trials."""
         if self.full:
             return None
+        if self._max_trials is not None and len(self._records) >= self._max_trials and not self.done:
+            if any(record.state == "running" for record in self._records.values()):
+                return None
+            self.end(f"search.max_trials={self._max_trials}")
+        if self.ended_by is not None:
+            return str(Searcher.FINISHED)
         while True:
             chosen = next((c for c in self.configurations if self._may_start(c)), None) or self._ask()
             if chosen is None:
@@ -177,6 +186,18 @@ class SharedSearcher(UnprunedSearcher):
         super().on_trial_complete(trial_id, result, error)
         for configuration in self.configurations:
             self._advance(configuration)
+
+    def end(self, reason: str) -> None:
+        """Take note that a budget ended the search: configurations that were under way are out.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        self._study.end(reason)
+        super().end(self._study.ended_by or reason)
+        for configuration in self.configurations:
+            if configuration.state == "running":
+                configuration.state = "stopped"
 
     def _may_start(self, configuration: Configuration) -> bool:
         """Whether a configuration's next category can be started without knowing how the running ones end."""
@@ -234,6 +255,7 @@ def make_shared_searcher(
     num_configurations: int,
     search_seed: int,
     eta: int,
+    max_trials: int | None = None,
 ) -> SharedSearcher:
     """The searcher of a shared search.
 
@@ -244,6 +266,7 @@ def make_shared_searcher(
         num_configurations: Budget, the base configuration included.
         search_seed: Of the sampler.
         eta: See :class:`SharedSearcher`.
+        max_trials: See :class:`SharedSearcher`.
     """
     fingerprints = digest([search.search_fingerprint for search in categories])
     study = MultiplexSearcher(
@@ -252,7 +275,7 @@ def make_shared_searcher(
         trials_per_category=num_configurations,
         search_seed=search_seed,
     )
-    return SharedSearcher(study, categories, pools=pools, eta=eta)
+    return SharedSearcher(study, categories, pools=pools, eta=eta, max_trials=max_trials)
 
 
 def plan_shared_finalists(searcher: SharedSearcher, settings: FinalistSettings) -> dict[str, list[FinalistRun]]:
@@ -288,10 +311,10 @@ def select_shared(
         states = Counter(c.state for c in searcher.configurations)
         counted = ", ".join(f"{number} {state}" for state, number in states.items())
         failures = [r.failure for c in searcher.configurations for r in c.records.values() if r.state == "failed"]
-        raise SSNError(
-            f"no winner, because no configuration was trained on all categories ({counted}); "
-            f"mend what failed ({(failures or ['nothing was started'])[0]}) and sweep again"
-        )
+        way_out = f"mend what failed ({(failures or ['nothing was started'])[0]}) and sweep again"
+        if not failures and states["stopped"]:
+            way_out = "raise the budget that ended the search"
+        raise SSNError(f"no winner, because no configuration was trained on all categories ({counted}); {way_out}")
     notices: list[str] = []
 
     def gather(configuration: Configuration) -> dict[str, Finalist]:

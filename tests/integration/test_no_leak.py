@@ -60,7 +60,9 @@ config = unflatten(json.loads((folder / "config.json").read_text()))
 SPACE = {**DEFAULT_SPACE, "train.weak_labels": ["drop", "use"]}
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
-    search=SearchSettings(trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, space=SPACE),
+    search=SearchSettings(
+        trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, space=SPACE, warm_start=False
+    ),
     finalists=FinalistSettings(count=1),
     resources=ResourceSettings(use_gpu=False),
 )

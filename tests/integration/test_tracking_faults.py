@@ -133,9 +133,7 @@ from tuning.tracking.callback import TrackerCallback
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
 
 folder, uri = Path(sys.argv[1]), sys.argv[2]
-store = MLflowTracker(uri, persistent=False)
-store.check()
-tracker = Outbox(store, folder / "outbox")
+tracker = Outbox(MLflowTracker(uri, persistent=False), folder / "outbox")
 sweep = Sweep("s1", "widgets", {{"bolt": {{}}}})
 tracker.start_sweep(sweep)
 callback = TrackerCallback(tracker, sweep)

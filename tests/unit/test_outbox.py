@@ -301,7 +301,7 @@ def test_model_that_is_gone_is_refused_and_its_run_is_not_complete(
 
 
 def test_question_to_a_store_that_is_away_names_the_outbox(store: MemoryTracker, make: Callable[..., Outbox]) -> None:
-    outbox = make(patience_s=0.2)
+    outbox = make(patience_s=0.5)
     store.down = True
     outbox.start_sweep(SWEEP)
     with pytest.raises(SSNError, match=r"is down; 1 operations wait in .*outbox, .* by: python -m tuning replay") as e:
@@ -373,6 +373,42 @@ def test_replay_brings_the_rest_and_closes_what_a_dead_sweep_left_open(
     assert found["bolt-007"].trial_state == "INTERRUPTED"
     with pytest.raises(SSNError, match="no outbox of a sweep"):
         replay(dead.folder, tracker=store)
+
+
+def test_bug_in_tracking_does_not_end_the_sweep_and_is_no_secret(
+    make: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("tuning.tracking.delivery.Delivery._flush", broken)
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    with pytest.raises(RuntimeError, match="tracking has stopped") as caught:
+        outbox.find_runs("widgets")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    outbox.finish_sweep(SWEEP)
+    outbox.close()
+    said = capsys.readouterr().err
+    assert "tracking has stopped (ZeroDivisionError: a bug)" in said
+    assert "tracking is behind by 2 operations" in said
+    assert (outbox.folder / "000001.jsonl").exists()
+
+
+def test_question_that_breaks_the_store_is_answered_with_that(
+    store: MemoryTracker, make: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_the_store(*arguments: Any, **options: Any) -> None:
+        raise TrackerUnavailableError("too many 500 error responses", may_be_the_call=True)
+
+    monkeypatch.setattr("tuning.tracking.delivery.LONGEST_PAUSE_S", PAUSE_S)
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "find_runs", break_the_store)
+        with pytest.raises(TrackerUnavailableError, match="500"):
+            outbox.find_runs("widgets")
+    assert len(outbox.find_runs("widgets")) == 2
 
 
 def test_damaged_line_is_refused(store: MemoryTracker, make: Callable[..., Outbox], tmp_path: Path) -> None:

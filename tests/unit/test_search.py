@@ -249,6 +249,17 @@ def test_budget_is_never_exceeded_and_served_round_robin() -> None:
     assert search.suggest("late") == "FINISHED"
 
 
+def test_what_was_served_last_is_served_first_where_features_do_not_fit() -> None:
+    search = searcher("abc", trials=3, reuse_features=True)
+    assert [search.suggest(f"t{i}")["category"] for i in range(9)] == list("abccbaabc")
+    assert search.suggest("late") == "FINISHED"
+    fresh = searcher("abc", trials=3, reuse_features=True)
+    for i in range(4):
+        fresh.suggest(f"t{i}")
+    restored = pickle.loads(pickle.dumps(fresh))
+    assert restored.suggest("t4")["category"] == "b"
+
+
 def test_the_least_started_category_is_next_whatever_has_ended() -> None:
     search = searcher("ab", trials=3)
     assert [search.suggest("0")["category"], search.suggest("1")["category"]] == ["a", "b"]

@@ -37,6 +37,7 @@ def make(
     eta: int = 3,
     limit: int | None = None,
     space: dict[str, object] | None = None,
+    max_trials: int | None = None,
 ) -> SharedSearcher:
     infos = {name: make_info(name, masks=count) for name, count in (masks or MASKS).items()}
     search = SearchSettings(trials=trials, **({} if space is None else {"space": space}))
@@ -53,6 +54,7 @@ def make(
         num_configurations=trials,
         search_seed=0,
         eta=eta,
+        max_trials=max_trials,
     )
     if limit is not None:
         searcher.set_max_concurrency(limit)
@@ -211,9 +213,54 @@ def test_state_is_saved_and_taken_up(tmp_path: Path) -> None:
     assert json.loads(json.dumps(again.suggest("t2")))["category"] in MASKS
 
 
+def test_budget_of_runs_ends_the_search_once_those_under_way_have_ended() -> None:
+    searcher = make(max_trials=6)
+    order = run(searcher, lambda index, category: 0.5)
+    assert [index for index, _ in order] == [0, 0, 0, 0, 1, 1]
+    assert searcher.done
+    assert states(searcher) == ["complete", "stopped"]
+    ended = "search.max_trials=6 ended the search after 2 of 4 trials and stopped 1 that still ran"
+    assert searcher.ended_by == ended
+    assert searcher.notices[-1] == ended
+    assert [c.index for c in searcher.ranked()] == [0]
+    whole = make(trials=2, max_trials=100)
+    run(whole, lambda index, category: 0.5)
+    assert whole.ended_by is None
+
+
+def test_budget_of_time_stops_what_is_under_way() -> None:
+    searcher = make(limit=2)
+    for name in ("t0", "t1"):
+        assert isinstance(searcher.suggest(name), dict)
+    searcher.on_trial_result("t0", {"epoch": 1})
+    searcher.end("search.time_budget=2h")
+    assert searcher.done
+    assert [r.state for r in searcher.records()] == ["stopped", "stopped"]
+    assert set(states(searcher)) == {"stopped"}
+    assert searcher.suggest("late") == "FINISHED"
+    with pytest.raises(SSNError, match=r"stopped\); raise the budget that ended the search"):
+        select_shared(searcher, FinalistSettings(), {}, {})
+
+
 def test_one_category_cannot_share() -> None:
     with pytest.raises(SSNError, match="there is only bolt; do without"):
         make(masks={"bolt": 4})
+
+
+@pytest.mark.parametrize(
+    ("search", "objective", "key"),
+    [
+        ({}, {"against": "labels"}, "objective.against"),
+        ({}, {"max_masks": 4}, "objective.max_masks"),
+        ({}, {"max_latency_ms": 9.0}, "objective.max_latency_ms"),
+        ({"transfer": True}, {}, "search.transfer"),
+    ],
+)
+def test_what_a_shared_search_cannot_weigh_is_refused(
+    search: dict[str, bool], objective: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(SSNError, match=f"{key} is .* with search.shared"):
+        SweepSettings(search=SearchSettings(shared=True, **search), objective=ObjectiveSettings(**objective))
 
 
 def test_categories_cannot_share_and_differ() -> None:
