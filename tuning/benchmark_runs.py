@@ -116,6 +116,7 @@ class FixedRuns(Searcher):
         """Note how far a run is."""
         record = self._records[trial_id]
         record.epoch, record.metrics = int(result.get("epoch", record.epoch)), dict(result)
+        record.failure = result.get("failure", record.failure)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Note how a run ended. Tune does not call this for runs that an interrupt cuts short."""
@@ -123,7 +124,7 @@ class FixedRuns(Searcher):
         if result is not None:
             self.on_trial_result(trial_id, result)
         cut_short = not error and record.epoch < record.max_epochs
-        if cut_short:
+        if cut_short and record.failure is None:
             record.failure = f"it ended after {record.epoch} of {record.max_epochs} epochs"
         record.state = "failed" if error or cut_short else "complete"
 

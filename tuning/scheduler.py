@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import Trial
 
+    from tuning.winner import TrialRecord
+
 TIME_ATTR = "epoch"
 METRIC = "objective"
 
@@ -23,7 +27,7 @@ _WORST = -1e30
 
 
 class ObjectiveHistory(Protocol):
-    """Who remembers what trials reported, across restores; :class:`tuning.search.MultiplexSearcher` does."""
+    """Who remembers what trials reported, across resumes; :class:`tuning.search.MultiplexSearcher` does."""
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
         """Objective by epoch; empty if the trial is unknown."""
@@ -57,13 +61,22 @@ def rung_epochs(max_epochs: int, grace: int, eta: int) -> tuple[int, ...]:
     return tuple(rungs)
 
 
+@dataclass(frozen=True)
+class _EarlierTrial:
+    """As much of a Tune trial as a scheduler looks at."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
 class MultiplexScheduler(FIFOScheduler):
     """Compares a trial only with trials of its own category, at the same epoch.
 
     A report without an objective never stops a trial, nor does any report at the last epoch. A trial whose objective is
     not finite is stopped at once, whatever the epoch below the last, and counts as the worst of its rung.
 
-    Tune restores a scheduler empty; with a ``history``, the rungs are filled again as restored trials are added.
+    With a ``history``, the rungs know what trials reported before a resume: those that had ended
+    (:meth:`enter_earlier`), and those that go on, as Tune adds them.
 
     Args:
         max_epochs: The full budget.
@@ -89,13 +102,20 @@ class MultiplexScheduler(FIFOScheduler):
         return metric is None and mode is None
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Enter a trial, with what it reported before a restore."""
+        """Enter a trial, with what it reported before a resume."""
         asha = self._asha(trial)
         asha.on_trial_add(tune_controller, trial)
         if self._history is not None:
             for epoch, objective in sorted(self._history.recorded_objectives(trial.trial_id).items()):
                 if epoch < self._max_epochs:
                     asha.on_trial_result(tune_controller, trial, _as_result(epoch, objective))
+
+    def enter_earlier(self, records: Iterable[TrialRecord]) -> None:
+        """Compare what comes with trials that ended before a resume, which Tune never sees."""
+        for record in records:
+            if record.state != "running":
+                trial: Any = _EarlierTrial(record.trial_id, {"category": record.category, "config": record.config})
+                self.on_trial_add(None, trial)  # type: ignore[arg-type]
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """``STOP`` or ``CONTINUE``."""

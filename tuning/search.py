@@ -8,8 +8,9 @@ objective for a final one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import pickle
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from ssn.config import digest, trial_identity, unflatten
 from ssn.errors import SSNError
 from tuning.space import Axis, FloatRange, applies, validate_space
-from tuning.winner import RecordState, TrialRecord
+from tuning.winner import RecordState, TrialRecord, conclude
 
 if TYPE_CHECKING:
-    from ray.tune import Tuner
+    from tuning.study_database import StudyDatabase
 
 MAX_DUPLICATES = 50
 """Suggestions in a row that repeat earlier trials before a category's space counts as exhausted."""
@@ -63,20 +64,23 @@ class MultiplexSearcher(Searcher):
     configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's result and
     asked anew, without a run and without counting against the budget.
 
+    A sweep goes on from the records of what was there before (``earlier``): those that ended are told to the studies;
+    those that were cut short are suggested first, under the same key and index, with ``resume_from``, the path of their
+    last checkpoint, if they have one. Nothing else is taken over, and Tune never restores this searcher.
+
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
-    Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
+    Tune's own limiter forgets a trial that failed and then swallows its result.
 
     Args:
         categories: Served in this order among equals.
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
-        storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
-            them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
-            studies that a run which was not restored left in a database are refused.
+        earlier: Trials of the same sweep, from its ledger.
+        database: Where the studies are shown to others; the search itself works in memory.
 
     Raises:
-        SSNError: a space or base configuration is invalid, or the storage already has studies of this sweep.
+        SSNError: a space or base configuration is invalid.
     """
 
     def __init__(
@@ -86,7 +90,8 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
-        storage_url: str | None = None,
+        earlier: Sequence[TrialRecord] = (),
+        database: StudyDatabase | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
         super().__init__()
@@ -96,7 +101,7 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
-        self._storage_url = storage_url
+        self._database = database
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
@@ -104,14 +109,24 @@ class MultiplexSearcher(Searcher):
         for each in categories:
             if each.space:
                 validate_space(each.space)
-        self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
-        self._storage = _open_storage(storage_url)
-        self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._running = 0
+        self._cut_short: deque[TrialRecord] = deque()
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
+        known = [record for record in earlier if record.stage == "search"]
+        num_known = {c.category: sum(r.category == c.category for r in known) for c in categories}
+        # a stream of its own for every attempt, lest it begins with suggestions that were tried
+        self._samplers = {
+            c.category: _seeded_sampler(search_seed, c.category, trials_per_category, num_known[c.category])
+            for c in categories
+        }
+        self._storage = InMemoryStorage()
+        self._studies = {c.category: self._create_study(c) for c in categories}
+        for record in known:
+            self._take_over(record)
 
     # What others read.
 
@@ -134,6 +149,10 @@ class MultiplexSearcher(Searcher):
         """Trials in the order they were started; those of one category, or all."""
         return list(self._records.values() if category is None else self._by_category[category])
 
+    def record(self, trial_id: str) -> TrialRecord:
+        """One trial, by Tune's id."""
+        return self._records[trial_id]
+
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
         return len(self._by_category[category]) if category in self._exhausted else self._budget
@@ -150,7 +169,7 @@ class MultiplexSearcher(Searcher):
         return self._studies[category]
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
-        """Objective by epoch of one trial; empty if the trial is unknown. Survives a restore."""
+        """Objective by epoch of one trial; empty if the trial is unknown."""
         record = self._records.get(trial_id)
         return dict(record.objectives) if record else {}
 
@@ -164,9 +183,10 @@ class MultiplexSearcher(Searcher):
     # Ray's annotation leaves out FINISHED, which is a string.
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while the concurrency limit is reached; ``FINISHED`` once all budgets are used."""
-        running = sum(r.state == "running" for r in self._records.values())
-        if self._max_concurrent is not None and running >= self._max_concurrent:
+        if self._max_concurrent is not None and self._running >= self._max_concurrent:
             return None
+        if self._cut_short:
+            return self._start(self._again(self._cut_short.popleft(), trial_id))
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
             if not open_:
@@ -174,14 +194,8 @@ class MultiplexSearcher(Searcher):
             category = min(open_, key=lambda c: len(self._by_category[c]))
             record = self._ask(category, trial_id)
             if record is not None:
-                self._records[trial_id] = record
                 self._by_category[category].append(record)
-                return {
-                    "trial_key": record.trial_key,
-                    "category": category,
-                    "index": record.index,
-                    "config": dict(record.config),
-                }
+                return self._start(record)
             self._exhausted.add(category)
             self.notices.append(
                 f"{category}: ended after {len(self._by_category[category])} of {self._budget} trials, because "
@@ -206,47 +220,24 @@ class MultiplexSearcher(Searcher):
             self._take(record, result)
         if error:
             self._finish(record, "failed", record.failure or "it raised an error")
-        elif record.epoch == 0:
-            self._finish(record, "failed", "it ended without reporting an epoch")
-        elif record.objective is not None and not math.isfinite(record.objective):
-            self._finish(record, "failed", f"its objective was {record.objective} at epoch {max(record.objectives)}")
-        elif record.epoch < record.max_epochs:
-            self._finish(record, "pruned")
-        elif record.epoch in record.objectives:
-            self._finish(record, "complete")
         else:
-            self._finish(record, "failed", "it reported no objective at its last epoch")
+            self._finish(record, *conclude(record))
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
         self._records[trial_id].failure = reason
 
     def save(self, checkpoint_path: str) -> None:
-        """Pickle the whole state, in-memory studies and samplers included."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__getstate__()))
+        """Tune keeps its searcher's state; a sweep goes by its ledger."""
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take up a saved state; the concurrency limit stays the present one."""
-        limit = self._max_concurrent
-        self.__setstate__(pickle.loads(Path(checkpoint_path).read_bytes()))
-        self._max_concurrent = limit
-        self._abandon_unknown()
+        """Tune is never asked to restore a sweep."""
+        raise NotImplementedError("a sweep goes on from its ledger")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._storage_url is not None:
-            # A database is its own record and its connection cannot be pickled.
-            del state["_storage"], state["_studies"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._storage_url is not None:
-            self._storage = _open_storage(self._storage_url)
-            self._studies = {
-                c: optuna.load_study(study_name=self._study_name(c), storage=self._storage, sampler=self._samplers[c])
-                for c in self._categories
-            }
+        # Tune stores what it was given as a run begins, and never reads it back
+        return {**self.__dict__, "_database": None}
 
     # How it is done.
 
@@ -254,19 +245,64 @@ class MultiplexSearcher(Searcher):
         return f"{self._sweep_id}.{category}"
 
     def _create_study(self, category: CategorySearch) -> optuna.Study:
-        name = self._study_name(category.category)
-        try:
-            return optuna.create_study(
-                study_name=name,
-                storage=self._storage,
-                direction="maximize",
-                sampler=self._samplers[category.category],
-                pruner=optuna.pruners.NopPruner(),
-            )
-        except optuna.exceptions.DuplicatedStudyError as error:
-            raise SSNError(
-                f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
-            ) from error
+        study = optuna.create_study(
+            study_name=self._study_name(category.category),
+            storage=self._storage,
+            direction="maximize",
+            sampler=self._samplers[category.category],
+            pruner=optuna.pruners.NopPruner(),
+        )
+        if self._database is not None:
+            self._database.start(study.study_name, study.directions)
+        return study
+
+    def _take_over(self, record: TrialRecord) -> None:
+        """Enter a trial of an earlier driver: as it ended, or to be suggested again."""
+        record = dataclasses.replace(record, trial_id="-".join(map(str, record.name)))
+        self._by_category[record.category].append(record)
+        if record.state == "running":
+            self._cut_short.append(record)
+            return
+        self._records[record.trial_id] = record
+        record.number = self._ask_again(record)
+        self._tell(record)
+        self._show(record)
+
+    def _start(self, record: TrialRecord) -> dict[str, Any]:
+        """Enter a trial that is about to run; returns its suggestion."""
+        self._records[record.trial_id] = record
+        self._running += 1
+        self._show(record)
+        suggestion = {
+            "trial_key": record.trial_key,
+            "category": record.category,
+            "index": record.index,
+            "config": dict(record.config),
+        }
+        return suggestion if record.checkpoint is None else suggestion | {"resume_from": record.checkpoint}
+
+    def _again(self, record: TrialRecord, trial_id: str) -> TrialRecord:
+        record.trial_id, record.number = trial_id, self._ask_again(record)
+        record.state, record.failure = "running", None
+        return record
+
+    def _ask_again(self, record: TrialRecord) -> int:
+        """The number of a new trial in the study, with the settings of one that there was."""
+        study = self._studies[record.category]
+        study.enqueue_trial(
+            _encode(self._categories[record.category].space, record.config),
+            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
+        )
+        return self._draw(record.category)[0].number
+
+    def _show(self, record: TrialRecord) -> None:
+        """Bring a trial, as its study has it now, into the database."""
+        if self._database is not None:
+            self._database.write(self._study_name(record.category), self._storage.get_trial(self._id_of(record)))
+
+    def _id_of(self, record: TrialRecord) -> int:
+        study_id = self._storage.get_study_id_from_name(self._study_name(record.category))
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
 
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])
@@ -275,7 +311,9 @@ class MultiplexSearcher(Searcher):
         """A trial that is not a repetition, or None after too many that are."""
         search, study = self._categories[category], self._studies[category]
         earlier = {r.trial_key: r for r in self._by_category[category]}
-        if not earlier:
+        used = {r.index for r in earlier.values()}
+        index = next(i for i in itertools.count() if i not in used)
+        if index == 0:
             study.enqueue_trial(_encode(search.space, search.base))
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
@@ -284,7 +322,6 @@ class MultiplexSearcher(Searcher):
             asked.set_user_attr("trial_key", key)
             asked.set_user_attr("params", params)
             if key not in earlier:
-                index = len(self._by_category[category])
                 asked.set_user_attr("index", index)
                 return TrialRecord(
                     trial_id=trial_id,
@@ -312,6 +349,7 @@ class MultiplexSearcher(Searcher):
 
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
+        record.failure = result.get("failure", record.failure)
         epoch = result.get("epoch")
         if epoch is None:
             return
@@ -322,7 +360,9 @@ class MultiplexSearcher(Searcher):
 
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
+        self._running -= 1
         self._tell(record)
+        self._show(record)
 
     def _tell(self, record: TrialRecord) -> None:
         """Bring a finished record, its intermediate values included, into its study.
@@ -330,12 +370,7 @@ class MultiplexSearcher(Searcher):
         A trial whose objective stopped being a number is told as PRUNED: Optuna ranks a NaN behind everything of its
         epoch, so the sampler learns to keep away, whereas it ignores what is told as FAIL.
         """
-        study = self._studies[record.category]
-        study_id = self._storage.get_study_id_from_name(study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
-        if self._storage.get_trial(trial_id).state.is_finished():
-            # The database was ahead of the state this searcher was restored from.
-            return
+        study, trial_id = self._studies[record.category], self._id_of(record)
         for epoch, objective in sorted(record.objectives.items()):
             value = objective if math.isfinite(objective) else math.nan
             self._storage.set_trial_intermediate_value(trial_id, epoch, value)
@@ -347,43 +382,14 @@ class MultiplexSearcher(Searcher):
             study.tell(record.number, state=TrialState.FAIL)
 
     def _reopen(self, record: TrialRecord) -> None:
-        """Let a failed trial run again after a restore; a study reopens no trial, so the attempt gets a new number."""
-        study = self._studies[record.category]
-        study.enqueue_trial(
-            _encode(self._categories[record.category].space, record.config),
-            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
-        )
-        record.number = self._draw(record.category)[0].number
-        record.state, record.failure = "running", None
-
-    def _abandon_unknown(self) -> None:
-        """Fail the running trials of a database that the restored state never heard of: nobody runs them any more."""
-        for category, study in self._studies.items():
-            known = {r.number for r in self._by_category[category]}
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if trial.number not in known:
-                    study.tell(trial.number, state=TrialState.FAIL)
+        """Let a trial that had ended run again; a study reopens none, so the attempt gets a new number."""
+        self._again(record, record.trial_id)
+        self._running += 1
+        self._show(record)
 
 
-def searcher_of(tuner: Tuner) -> MultiplexSearcher:
-    """The searcher that a tuner runs with: after ``Tuner.restore`` not the one it was built with, but its copy."""
-    assert tuner._local_tuner is not None  # it is with Ray Client only
-    searcher = tuner._local_tuner._tune_config.search_alg
-    assert isinstance(searcher, MultiplexSearcher)
-    return searcher
-
-
-def _open_storage(url: str | None) -> BaseStorage:
-    if url is None:
-        return InMemoryStorage()
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
-        raise SSNError(f"search storage {url} cannot be opened: {error}".splitlines()[0]) from error
-
-
-def _seeded_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
-    seed = int(digest([search_seed, category])[:8], 16)
+def _seeded_sampler(search_seed: int, category: str, budget: int, num_known: int) -> TPESampler:
+    seed = int(digest([search_seed, category, *([num_known] if num_known else [])])[:8], 16)
     # Optuna's ten random trials before it models anything would be the whole of a small budget.
     return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
 

@@ -38,6 +38,9 @@ class SearchSettings:
     """Of the search; it draws suggestions, not weights or noise."""
     max_concurrent: int | None = None
     """Most trials at once; None: as many as the cluster holds."""
+    storage: str | None = None
+    """Optuna RDB URL of the studies, such as ``postgresql://...``, for Optuna's dashboard; None: a SQLite file in the
+    sweep's folder, or none where that is an object store."""
 
 
 @dataclass(frozen=True)

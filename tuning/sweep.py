@@ -5,7 +5,9 @@ The search is given ``SearchData`` alone. Test data is opened after it has ended
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import logging
 import os
 import secrets
@@ -20,14 +22,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from ssn.config import ModelConfig, flatten
 from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
 from ssn.data.sampling import attainable_ratios
+from ssn.data.storage import join_uri
 from ssn.errors import SSNError
 from tuning.capacity import check_fits, cluster_capacity, use_gpu
 from tuning.interrupt import StopFlag, terminate_as_interrupt
+from tuning.ledger import STUDIES_FILE, SweepLedger
 from tuning.objective import TrialContext, check_objective, check_protocol
 from tuning.report import Leaderboard
+from tuning.resume import check_unchanged, close_runs, describe_sweep, read_earlier, resume_command
 from tuning.scheduler import rung_epochs
 from tuning.settings import SweepSettings
 from tuning.space import resolve_space
+from tuning.sweep_lock import SweepLock
 from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
 from tuning.tracking.protocol import count_scores
 from tuning.train_worker import Placement, weights_key
@@ -40,11 +46,16 @@ if TYPE_CHECKING:
     from ssn.data.reader import TestData
     from tuning.benchmark_plan import BenchmarkSettings
     from tuning.champions import ChampionVersion
+    from tuning.resume import ResumedSweep
     from tuning.search import MultiplexSearcher
+    from tuning.study_database import StudyDatabase
     from tuning.tracking.protocol import Sweep
     from tuning.winner import TrialRecord
 
 T = TypeVar("T")
+
+RAY_FOLDER = "ray"
+"""Where Ray keeps checkpoints and its own state, below the sweep's folder."""
 
 # Ray and Tune talk a lot by default, and each line would break the live view. Read when ray or Tune is imported.
 _RAY_ENVIRONMENT = {
@@ -56,6 +67,8 @@ _RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # Tune's own record of a run, which grows with every trial and which nobody reads: at the end, and not meanwhile
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
 }
 
 
@@ -68,6 +81,7 @@ def sweep(
     tracking_uri: str,
     out: Path | str,
     console: Console | None = None,
+    resumed: ResumedSweep | None = None,
 ) -> SweepResult:
     """Search every category and register its champion.
 
@@ -77,8 +91,9 @@ def sweep(
         data_uri: Where.
         categories: None: all that are there.
         tracking_uri: MLflow server or database.
-        out: Folder or object-store URI for Ray's state of the sweep.
+        out: Folder or object-store URI for the sweep's ledger and checkpoints.
         console: For notices; None: standard error.
+        resumed: A sweep to go on with, whose settings, data and tracker the others are.
 
     Raises:
         SSNError: the data, the tracker, the cluster or the settings cannot serve; said before anything starts. Also if
@@ -88,9 +103,11 @@ def sweep(
     import optuna
 
     from tuning.tracking import MLflowTracker
+    from tuning.tracking.environment import environment_tags
 
     started_s = time.monotonic()
     console = console or open_stderr()
+    notify = functools.partial(console.print, highlight=False, markup=False)
     data = open_categories(data_uri, dataset, categories)
     for search_data in data.values():
         check_protocol(search_data.info)
@@ -99,27 +116,48 @@ def sweep(
     check_lasting(out, tracking_uri)
     tracker = MLflowTracker(tracking_uri)
     tracker.check()
+    if resumed is not None:
+        resumed.check_tracker(tracker)
 
-    connect_ray()
-    placement = place(settings)
-    # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
-    weights_digest = load_weights_digest(settings.model)
-    run = _Run(
-        settings=settings,
-        dataset=dataset,
-        data_uri=data_uri,
-        data=data,
-        weights_digest=weights_digest,
-        placement=placement,
-        out=out,
-        sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-    )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher, notices = run.searcher()
-    for notice in notices:
-        console.print(f"note: {notice}", highlight=False, markup=False)
-    with terminate_as_interrupt():
-        leaderboard, results = run.execute(searcher, notices, tracker, console)
+    sweep_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    ledger = SweepLedger.open(out, sweep_id) if resumed is None else resumed.ledger
+    with contextlib.ExitStack() as held:
+        lock = SweepLock(ledger.files, ledger.sweep_id, notify=notify)
+        if resumed is not None:
+            held.enter_context(lock)  # before Ray takes its seconds
+        connect_ray()
+        placement = place(settings)
+        # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
+        weights_digest = load_weights_digest(settings.model)
+        run = _Run(
+            settings=settings,
+            dataset=dataset,
+            data_uri=data_uri,
+            data=data,
+            weights_digest=weights_digest,
+            placement=placement,
+            out=out,
+            ledger=ledger,
+            tags=environment_tags(),
+        )
+        if resumed is None:
+            held.enter_context(lock)
+            ledger.create(run.describe(tracker.tracking_uri))
+            earlier: list[TrialRecord] = []
+        else:
+            for line in check_unchanged(ledger.sweep_id, resumed.description, run.describe(tracker.tracking_uri)):
+                notify(f"note: {line}")
+            earlier = read_earlier(ledger, retry_failed=resumed.retry_failed)
+            for path in ledger.files.damaged:
+                notify(f"note: {path} is damaged or of another version; its trial is done again")
+            states = [record.state for record in earlier]
+            notify(
+                f"going on with sweep {ledger.sweep_id}: {len(states) - states.count('running')} trials have ended, "
+                f"{states.count('running')} were cut short"
+            )
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with terminate_as_interrupt():
+            leaderboard, results = run.execute(earlier, tracker, console)
     failures = [
         result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
         for result in results
@@ -239,14 +277,34 @@ class _Run:
     weights_digest: str
     placement: Placement
     out: Path | str
-    sweep_id: str
+    ledger: SweepLedger
+    tags: Mapping[str, str]
+    """Of the environment."""
+
+    @property
+    def sweep_id(self) -> str:
+        return self.ledger.sweep_id
+
+    def describe(self, tracking_uri: str) -> dict[str, Any]:
+        code = {key: self.tags[key] for key in ("git_commit", "code_digest") if key in self.tags}
+        return describe_sweep(
+            self.settings,
+            dataset=self.dataset,
+            data_uri=self.data_uri,
+            data=self.data,
+            tracking_uri=tracking_uri,
+            weights_digest=self.weights_digest,
+            code=code | {key: value for key, value in self.tags.items() if key.startswith("version_")},
+        )
 
     @property
     def rungs(self) -> tuple[int, ...]:
         search = self.settings.search
         return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
 
-    def searcher(self) -> tuple[MultiplexSearcher, list[str]]:
+    def searcher(
+        self, earlier: Sequence[TrialRecord], database: StudyDatabase | None
+    ) -> tuple[MultiplexSearcher, list[str]]:
         from tuning.search import CategorySearch, MultiplexSearcher
 
         base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
@@ -276,38 +334,70 @@ class _Run:
             sweep_id=self.sweep_id,
             trials_per_category=self.settings.search.trials,
             search_seed=self.settings.search.seed,
+            earlier=earlier,
+            database=database,
         )
         return searcher, notices
 
+    def open_database(self, notify: Callable[[str], None]) -> StudyDatabase | None:
+        """Where the studies are shown; None: nowhere."""
+        from tuning.study_database import StudyDatabase
+
+        url = self.settings.search.storage
+        if url is None and self.ledger.files.is_local:
+            url = f"sqlite:///{self.ledger.files.path(STUDIES_FILE)}"
+        return None if url is None else StudyDatabase(url, notify=notify)
+
     def execute(
-        self, searcher: MultiplexSearcher, notices: Sequence[str], tracker: Any, console: Console
+        self, earlier: Sequence[TrialRecord], tracker: Any, console: Console
     ) -> tuple[Leaderboard, list[CategoryResult]]:
-        """Search, crown and report; however it ends, no run is left open."""
+        """Search, crown and report; however it ends, no run is left open.
+
+        Args:
+            earlier: Trials that there are already.
+            tracker: Where runs go.
+            console: For notices.
+        """
+        notify = functools.partial(console.print, highlight=False, markup=False)
+        from tuning.study_database import INTERRUPT_TIMEOUT_S
+
+        database = self.open_database(notify)
+        searcher, notices = self.searcher(earlier, database)
+        for notice in notices:
+            notify(f"note: {notice}")
         sweep_tags = self.tracked(tracker)
         status = "FAILED"
         try:
-            searcher = self.search(searcher, tracker, sweep_tags)
+            for line in close_runs(tracker, sweep_tags, self.ledger, earlier, open_storage(self.out)[1]):
+                notify(f"warning: {line}")
+            if not searcher.done:
+                self.search(searcher, tracker, sweep_tags)
             if not searcher.done:
                 raise KeyboardInterrupt
+            if database is not None:
+                database.close()
+                database = None
             results = self.crown(searcher, tracker, sweep_tags, console)
             leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
             self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
-            console.print(
-                f"interrupted; the trials that had finished are in MLflow under sweep {self.sweep_id}",
-                highlight=False,
-                markup=False,
-            )
+            num_ended = sum(record.state != "running" for record in searcher.records())
+            notify(f"interrupted; {num_ended} trials have ended, and none of them is lost")
+            notify(f"to go on: {resume_command(self.sweep_id, self.out)}")
+            raise
+        except Exception:
+            notify(f"the sweep broke off; to go on, once that is mended: {resume_command(self.sweep_id, self.out)}")
             raise
         finally:
+            if database is not None:
+                database.close(INTERRUPT_TIMEOUT_S)
             tracker.finish_sweep(sweep_tags, status)
         return leaderboard, results
 
     def tracked(self, tracker: Any) -> Sweep:
         from tuning.tracking import Sweep
-        from tuning.tracking.environment import environment_tags
 
         described = Sweep(
             sweep_id=self.sweep_id,
@@ -323,42 +413,48 @@ class _Run:
                 }
                 for name, data in self.data.items()
             },
-            tags=environment_tags(),
+            tags=self.tags,
         )
         tracker.start_sweep(described)
         return described
 
-    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> MultiplexSearcher:
+    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> None:
         """Run Tune to the end, or until it is interrupted."""
+        from tuning.ledger_callback import LedgerCallback
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
-        from tuning.search import searcher_of
-        from tuning.tracking.callback import TrackerCallback
 
         settings, stop = self.settings, StopFlag()
-        storage = open_storage(self.out)
-        tuner = run_tune(
+        storage = open_storage(join_uri(self.ledger.files.root_uri, RAY_FOLDER))
+        scheduler = MultiplexScheduler(
+            max_epochs=settings.train.epochs,
+            grace=settings.grace_epochs(),
+            eta=settings.search.eta,
+            history=searcher,
+        )
+        scheduler.enter_earlier(searcher.records())
+        run_tune(
             searcher,
-            MultiplexScheduler(
-                max_epochs=settings.train.epochs,
-                grace=settings.grace_epochs(),
-                eta=settings.search.eta,
-                history=searcher,
-            ),
-            [ProgressCallback(searcher), TrackerCallback(tracker, sweep_tags, filesystem=storage[1], stop=stop)],
+            scheduler,
+            [
+                ProgressCallback(searcher),
+                LedgerCallback(
+                    tracker, sweep_tags, ledger=self.ledger, keeper=searcher, filesystem=storage[1], stop=stop
+                ),
+            ],
             {
                 name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
                 for name, data in self.data.items()
             },
-            name=self.sweep_id,
+            name=f"{self.sweep_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
             data_uri=self.data_uri,
             weights_digests={weights_key(settings.model): self.weights_digest},
             placement=self.placement,
             storage=storage,
             concurrency=settings.search.max_concurrent,
             stop=stop,
+            num_to_keep=None,  # the ledger's callback removes them
         )
-        return searcher_of(tuner)
 
     def crown(
         self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
@@ -378,9 +474,12 @@ class _Run:
             num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
         )
 
-        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef]:
+        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef | ChampionScore]:
             winner = select_winner(searcher.records(name))
             run_id = runs[name, winner.trial_key]
+            known = self.ledger.read_score(name, winner.trial_key)
+            if known is not None:
+                return winner, run_id, known
             model = load_trial_model(run_id, tracker.tracking_uri)
             test = open_test_data(self.data_uri, self.dataset, name)
             return winner, run_id, score.remote(model, test, device, self.placement.cpus)
@@ -394,13 +493,20 @@ class _Run:
             if isinstance(outcome, str):
                 results.append(CategoryResult(name, None, default, trials, None, None, None, outcome))
                 continue
-            console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
             winner, run_id, pending = outcome
-            scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
+            if isinstance(pending, ChampionScore):
+                scored: ChampionScore | str = pending
+            else:
+                console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
+                scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
             if isinstance(scored, str):
                 results.append(CategoryResult(name, winner, default, trials, None, None, run_id, scored))
                 continue
-            champion = self._register(tracker, name, winner, run_id, scored, len(trials))
+            self.ledger.write_score(name, winner.trial_key, scored)
+            champion = self.ledger.read_champion(name)
+            if champion is None:
+                champion = self._register(tracker, name, winner, run_id, scored, len(trials))
+                self.ledger.write_champion(name, champion)
             results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
         return results
 

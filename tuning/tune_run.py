@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
 
+MAX_FAILURES = 2
+"""How often a trial is tried again after its process died."""
+
 
 def run_tune(
     searcher: Searcher,
@@ -39,6 +42,7 @@ def run_tune(
     concurrency: int | None,
     stop: StopFlag,
     finish: Finish | None = None,
+    num_to_keep: int | None = 1,
 ) -> Tuner:
     """Run all trials to their end, or until an interrupt sets ``stop``.
 
@@ -55,6 +59,8 @@ def run_tune(
         concurrency: Most trials at once; None: as many as the cluster holds.
         stop: Shared with the callbacks.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
+        num_to_keep: Checkpoints of a trial that Tune keeps; None: all, for one of the callbacks to remove. Otherwise,
+            Tune writes down the state of every trial there has been whenever one of them leaves a checkpoint.
     """
     import ray
     from ray import tune
@@ -101,9 +107,10 @@ def run_tune(
             storage_filesystem=storage_filesystem,
             verbose=0,
             callbacks=list(callbacks),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            # a worker that dies is tried again from its checkpoint; an error of the training itself is final
-            failure_config=tune.FailureConfig(max_failures=1),
+            # a worker that dies is tried again from its checkpoint; an error of the training itself is final, because
+            # trials report it and do not raise it
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_to_keep),
         ),
     )
     with stop_tune_in_order(stop):
