@@ -9,6 +9,7 @@ state is never read back.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -168,15 +169,22 @@ def encode_trial(record: TrialRecord) -> dict[str, Any]:
 
 def decode_trial(content: Mapping[str, Any]) -> TrialRecord | None:
     """The inverse of :func:`encode_trial`; None: written by another release, with other fields."""
-    known = {f.name: f for f in fields(TrialRecord)}
-    needed = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    if set(content) - set(known) or needed - set(content):
+    hints, needed = _fields()
+    if set(content) - set(hints) or needed - set(content):
         return None
-    hints = get_type_hints(TrialRecord)
     record = TrialRecord(**{name: _from_plain(value, hints[name]) for name, value in content.items()})
     if record.state == "running" and record.checkpoint_epoch >= record.max_epochs:
         record.state, record.failure = conclude(record)
     return record
+
+
+@functools.cache
+def _fields() -> tuple[dict[str, Any], set[str]]:
+    """Type by name of a record's fields, and the names of those without a default."""
+    all_ = fields(TrialRecord)
+    hints = get_type_hints(TrialRecord)
+    needed = {f.name for f in all_ if f.default is MISSING and f.default_factory is MISSING}
+    return {f.name: hints[f.name] for f in all_}, needed
 
 
 def _score_name(category: str, trial_key: str) -> str:

@@ -9,11 +9,13 @@ of it, the ledger (:mod:`tuning.ledger`) has.
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import sqlalchemy
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
@@ -130,6 +132,10 @@ class StudyDatabase:
             del self._trials[study, trial.number]
 
 
+def _do_not_wait_for_the_disk(connection: sqlite3.Connection, record: object) -> None:
+    connection.execute("PRAGMA synchronous=OFF")
+
+
 def open_storage(url: str) -> BaseStorage:
     """Open a database, or make a new one.
 
@@ -140,6 +146,12 @@ def open_storage(url: str) -> BaseStorage:
     if sqlite and (path := url.removeprefix("sqlite:///")) not in ("", url):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}} if sqlite else None)
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}} if sqlite else None)
+        if sqlite:
+            # A dozen transactions a trial, each waiting for the disk, fall behind a quick search. After a power cut the
+            # file may be made again from the ledger.
+            sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait_for_the_disk)
+            storage.engine.dispose()
+        return storage
     except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
         raise SSNError(f"search.storage {url} cannot be opened: {error}".splitlines()[0]) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pyarrow import fs as pafs
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.tune import Checkpoint
 
 from tuning.tracking import MemoryTracker, RunRecord, Sweep
@@ -34,6 +34,7 @@ def make_trial(index: int, checkpoint_dir: Path | None = None, **result: Any) ->
         checkpoint=Checkpoint(str(checkpoint_dir)) if checkpoint_dir else None,
         pickled_error_file=None,
         error_file=None,
+        run_metadata=SimpleNamespace(num_failures=3),
         get_pickled_error=lambda: None,
         get_error=lambda: None,
     )
@@ -160,6 +161,11 @@ def test_stopped_early_is_pruned_without_model(tracker: MemoryTracker, checkpoin
         (
             RuntimeError("Traceback (most recent call last):\n  ...\nssn.errors.SSNError: no mask"),
             "ssn.errors.SSNError: no mask",
+        ),
+        (RayTaskError("f", "Traceback ...\nMemoryError", MemoryError()), "MemoryError"),
+        (
+            ActorDiedError("The actor died unexpectedly.\n\tclass_name: ImplicitFunc\nits worker process has died."),
+            "its process died 3 times (killed, for its memory perhaps); lower train.batch_size, or give it more memory",
         ),
         (None, "the trial failed without an error message; see its folder in the sweep's storage"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
@@ -155,6 +156,12 @@ def trial_error(trial: Trial) -> str:
     error = _load_error(trial)
     while getattr(error, "cause", None) is not None:  # RayTaskError
         error = error.cause  # type: ignore[union-attr]
+    if isinstance(error, RayActorError):
+        times = trial.run_metadata.num_failures
+        why = "its node ran low on memory" if "low on memory" in str(error) else "killed, for its memory perhaps"
+        return f"its process died {times} times ({why}); lower train.batch_size, or give it more memory"
+    if isinstance(error, BaseException) and not str(error).strip():
+        return type(error).__name__
     lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
     if not lines:
         return "the trial failed without an error message; see its folder in the sweep's storage"
