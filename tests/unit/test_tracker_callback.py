@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pyarrow import fs as pafs
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import Checkpoint
 
 from tuning.tracking import MemoryTracker, RunRecord, Sweep
@@ -164,7 +164,9 @@ def test_stopped_early_is_pruned_without_model(tracker: MemoryTracker, checkpoin
         ),
         (RayTaskError("f", "Traceback ...\nMemoryError", MemoryError()), "MemoryError"),
         (
-            ActorDiedError("The actor died unexpectedly.\n\tclass_name: ImplicitFunc\nits worker process has died."),
+            RayActorError(
+                error_msg="The actor died unexpectedly.\n\tclass_name: ImplicitFunc\nits worker process has died."
+            ),
             "its process died 3 times (killed, for its memory perhaps); lower train.batch_size, or give it more memory",
         ),
         (None, "the trial failed without an error message; see its folder in the sweep's storage"),
