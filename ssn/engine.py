@@ -23,12 +23,16 @@ from ssn.checkpoint import load_checkpoint, save_checkpoint
 from ssn.config import Config, Size
 from ssn.data.reader import CategoryInfo
 from ssn.data.sampling import Draws, epoch_draws, official_draws, supervised_subset
+from ssn.distributed import ALONE, Workers
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, SplitFeatures, num_images
 from ssn.losses import total_loss
 from ssn.metrics import Metrics, image_metrics, pixel_metrics
 from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
 from ssn.synthesis import feature_noise, merge_masks, perlin_masks
+
+TRAINED_ON = "trained_on"
+"""Key in a checkpoint's meta data of :meth:`Trainer.trained_on`; those of earlier releases lack it."""
 
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -110,11 +114,20 @@ class Trainer:
         config: Settings; the backbone's must be those that ``features`` were computed with.
         features: Of one category.
         device: Where the heads train.
+        workers: Those who train this network together, each with a trainer of its own and the same arguments.
     """
 
-    def __init__(self, config: Config, features: CategoryFeatures, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: Config,
+        features: CategoryFeatures,
+        *,
+        device: torch.device | str = "cpu",
+        workers: Workers = ALONE,
+    ) -> None:
         self.config = config.resolved()
         self.features = features
+        self.workers = workers
         self.device = torch.device(device)
         if len(features.pool.ids) < num_images(self.config, features.info, "pool"):
             raise RuntimeError("the features lack pool images without masks; make them with train.weak_labels=use")
@@ -177,8 +190,9 @@ class Trainer:
             epoch=epoch,
         )
 
-    def _step(self, draws: Draws, rows: np.ndarray, epoch: int) -> float:
-        train, synthesis = self.config.train, self.config.synthesis
+    def _step(self, draws: Draws, batch_rows: np.ndarray, epoch: int) -> float:
+        """Train on a batch, of which this worker computes its slice; returns the loss of the whole."""
+        train, synthesis, rows = self.config.train, self.config.synthesis, self.workers.slice(batch_rows)
         features_BhwC, truth_BHW, weak_B, sample_B = self._gather(draws, rows)
         # also where its mask marks no position of the smaller map
         defect_V = torch.from_numpy(draws.is_defect[rows]).to(self.device).repeat(2)
@@ -209,6 +223,7 @@ class Trainer:
             noise,
             stop_grad=not supervised,
             noise_dtype=_DTYPE[train.noise_precision],
+            workers=self.workers,
         )
         loss = total_loss(
             map_VHW,
@@ -218,9 +233,11 @@ class Trainer:
             truncation=train.truncation,
             gamma=train.focal_gamma,
             weight_BHW=~weak_V11 if self._is_weak.any() else None,
+            all_reduce=self.workers.add_shares,
         ).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.workers.add(*(p.grad for p in self.net.parameters() if p.grad is not None))
         if supervised:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), train.grad_clip_norm)
         self.optimizer.step()
@@ -241,6 +258,10 @@ class Trainer:
             [*split.gather(view_B[at], self.device), torch.from_numpy(split.masks_VHW[view_B[at]]).to(self.device)]
             for split, at in drawn
         ]
+        if not drawn:  # a batch of fewer images than workers: none of an image, for the shapes
+            none_of_it = [m[:0] for m in train.gather(np.zeros(1, np.int64), self.device)]
+            drawn = [(train, normal_at)]
+            parts = [[*none_of_it, torch.from_numpy(train.masks_VHW[:0]).to(self.device)]]
         *maps, truth_BHW = _interleave(parts, [at for _, at in drawn])
         is_weak_B = np.zeros(len(rows), bool)
         is_weak_B[defect_B] = self._is_weak[image_B[defect_B]]
@@ -253,22 +274,30 @@ class Trainer:
     def validate(self, *, pixel: bool) -> tuple[float | None, Metrics]:
         """Loss and metrics on the validation split; None and no metrics where a published split has none.
 
+        Workers score a slice each; the first computes what all of them return.
+
         Args:
             pixel: Whether to compute the pixel metrics too; they sort every pixel.
 
         Raises:
             SSNError: the split is empty, though the data's protocol provides for one.
         """
-        split, train = self.features.validation, self.config.train
+        split = self.features.validation
         if not split.ids and self.features.info.protocol == "official":
             names = [*image_metrics((), ()).undefined, *(pixel_metrics((), None).undefined if pixel else ())]
             return None, Metrics(undefined=dict.fromkeys(names, "the published split has no validation images"))
         if not split.ids:
             raise SSNError(f"{self.features.info.category} has an empty validation split; ingest more images")
+        map_NHW, score_N = self._score_validation()
+        return self.workers.compute_once(lambda: self._judge(map_NHW, score_N, pixel=pixel))
+
+    def _score_validation(self) -> tuple[Tensor, Tensor]:
+        """Maps and scores of the whole split, of which this worker computes its slice."""
+        split = self.features.validation
         self.net.eval()
         folded: FoldedHeads | None = None
         maps, scores = [], []
-        views = np.arange(len(split.ids)) * split.num_flips
+        views = self.workers.slice(np.arange(len(split.ids)) * split.num_flips)
         for start in range(0, len(views), self.config.eval.batch_size):
             part = views[start : start + self.config.eval.batch_size]
             batch = [m.float() for m in split.gather(part, self.device)]
@@ -276,7 +305,13 @@ class Trainer:
             map_BHW, score_B = self.net.score(batch, folded)
             maps.append(map_BHW)
             scores.append(score_B)
-        map_NHW, score_N = torch.cat(maps), torch.cat(scores)
+        if not maps:  # fewer images than workers
+            maps.append(torch.zeros(0, *split.masks_VHW.shape[1:], device=self.device))
+            scores.append(torch.zeros(0, device=self.device))
+        return self.workers.gather(torch.cat(maps)), self.workers.gather(torch.cat(scores))
+
+    def _judge(self, map_NHW: Tensor, score_N: Tensor, *, pixel: bool) -> tuple[float, Metrics]:
+        split, train = self.features.validation, self.config.train
         # a defective image without a mask says nothing about its positions
         known = torch.from_numpy((split.labels_N == 0) | split.has_mask_N).to(self.device)
         loss = total_loss(
@@ -325,8 +360,14 @@ class Trainer:
                 "duration_s": self.duration_s,
                 "masks_used": len(self.supervision.used),
                 "weak_labels_used": len(self.supervision.weak),
+                TRAINED_ON: self.trained_on(),
             },
         )
+
+    def trained_on(self) -> list[str]:
+        """Ids, sorted, of the images that the run trains on: normal ones, and defective ones with or without a mask."""
+        pool = self.features.pool.ids
+        return sorted({*self.features.train.ids, *(pool[index] for index in self._drawn)})
 
     def restore(self, directory: Path) -> None:
         """Continue from what :meth:`save` wrote.
@@ -381,6 +422,7 @@ def fit(
     resume_from: Path | None = None,
     pixel_epochs: Collection[int] = (),
     device: torch.device | str = "cpu",
+    workers: Workers = ALONE,
 ) -> Trainer:
     """Train for ``train.epochs``; the last epoch's network is the result, never the best one's.
 
@@ -391,11 +433,12 @@ def fit(
         resume_from: A folder that an earlier ``save`` wrote.
         pixel_epochs: Epochs, from 1, after which pixel metrics are computed; always after the last.
         device: Where the heads train.
+        workers: Those who train together; each calls this, with a ``report`` of its own.
 
     Raises:
         SSNError: see :class:`Trainer`; also a loss that is not finite.
     """
-    trainer = Trainer(config, features, device=device)
+    trainer = Trainer(config, features, device=device, workers=workers)
     if resume_from is not None:
         trainer.restore(resume_from)
     while trainer.epochs_done < config.train.epochs:

@@ -1,8 +1,13 @@
 """Configuration from files and ``--set`` options, checked against the dataclasses it fills.
 
-The one place where pydantic is used, and only the command lines import it: the dataclasses themselves, and everything
-that runs on a worker, need the standard library alone. Any frozen dataclass whose fields are plain values or further
-dataclasses can be loaded; nothing here knows a setting by name.
+The one place where pydantic is used, and only the command lines and what reads a search space import it: the
+dataclasses themselves, and everything that runs on a worker, need the standard library alone. Any frozen dataclass
+whose fields are plain values, mappings or further dataclasses can be loaded; nothing here knows a setting by name.
+
+A field that is a mapping takes any keys, dots and all: ``search.space.train.lr_heads=...`` sets the key
+``train.lr_heads`` of the mapping ``search.space``. Sources are merged key by key, over the field's default, and so are
+the inner ones of a mapping of mappings, whose own key ends at the first dot of a ``--set`` option. What a mapping holds
+is for its owner to check.
 
 What wins, from the weakest: the dataclass's defaults, a dataset manifest's defaults, named settings such as one
 configuration of a benchmark, YAML files in the order given, ``--set`` options in the order given, ``--over`` options.
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +31,9 @@ from ssn.errors import SSNError
 T = TypeVar("T")
 
 _NULL_WORDS = ("", "~", "null", "none")
+
+_Path = tuple[str, ...]
+"""Dotted key of a setting and, in a mapping, the keys below it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +69,7 @@ def load_config(
         SSNError: a key is unknown, a value has the wrong type or is out of range, or a file cannot be read.
     """
     leaves = dict(_leaves(cls))
-    settings: dict[str, _Setting] = {}
+    settings: dict[_Path, _Setting] = {}
     for key, value in (defaults or {}).items():
         settings.update(_flatten(key, value, "the dataset's defaults", leaves))
     for origin, content in [*(named or {}).items(), *((str(file), read_yaml(file)) for file in files)]:
@@ -70,12 +79,42 @@ def load_config(
         key, separator, raw = text.partition("=")
         if not separator or not key.strip():
             raise SSNError(f"{option} {text!r} is not of the form section.name=value")
-        key = key.strip()
-        _check_known(key, f"{option} {text}", leaves)
-        settings[key] = _Setting(_parse_yaml(raw, f"{option} {text}"), f"{option} {text}", raw.strip())
-    values = {key: _convert(key, setting, leaves[key]) for key, setting in settings.items()}
+        key, origin = key.strip(), f"{option} {text}"
+        value = _parse_yaml(raw, origin)
+        if _mapping_of(key, leaves):
+            settings.update(_flatten(key, value, origin, leaves))
+            continue
+        _check_known(key, origin, leaves)
+        settings[key,] = _Setting(value, origin, raw.strip())
+    values: dict[str, Any] = {}
+    for (key, *inner), setting in settings.items():
+        if inner:
+            values.setdefault(key, {})[tuple(inner)] = setting.value
+        else:
+            values[key] = _convert(key, setting, leaves[key])
     built: T = _build(cls, "", values)
     return built
+
+
+@functools.cache
+def leaf_types(cls: type) -> Mapping[str, Any]:
+    """Dotted key and type of every setting of a dataclass."""
+    return dict(_leaves(cls))
+
+
+def read_value(cls: type, key: str, value: Any, origin: str) -> Any:
+    """A value as the setting ``key`` of ``cls`` takes it: ``"1e-4"`` is a number where the setting is one.
+
+    Args:
+        cls: As for :func:`load_config`.
+        key: Dotted; must be known.
+        value: As YAML has it.
+        origin: Where it was written, for the error.
+
+    Raises:
+        SSNError: it has the wrong type.
+    """
+    return _convert(key, _Setting(value, origin), leaf_types(cls)[key])
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -95,6 +134,9 @@ def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
         key, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             arguments[field.name] = _build(hint, f"{key}.", values)
+        elif key in values and _depth(hint):
+            default = {} if field.default_factory is dataclasses.MISSING else field.default_factory()
+            arguments[field.name] = _merge(default, values[key])
         elif key in values:
             arguments[field.name] = values[key]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -102,19 +144,53 @@ def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
-def _flatten(key: str, value: Any, origin: str, leaves: Mapping[str, Any]) -> dict[str, _Setting]:
+def _merge(default: Mapping[str, Any], changes: Mapping[_Path, Any]) -> dict[str, Any]:
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in default.items()}
+    for path, value in changes.items():
+        (merged.setdefault(path[0], {}) if len(path) == 2 else merged)[path[-1]] = value
+    return merged
+
+
+def _depth(hint: Any) -> int:
+    """How many keys lead to what a mapping, or a mapping of mappings, holds; 0: it is no mapping."""
+    return 1 + _depth(get_args(hint)[1]) if get_origin(hint) is Mapping else 0
+
+
+def _mapping_of(key: str, leaves: Mapping[str, Any]) -> str | None:
+    """The setting with a mapping that a dotted key is, or leads into."""
+    return next((leaf for leaf in leaves if _depth(leaves[leaf]) and f"{key}.".startswith(f"{leaf}.")), None)
+
+
+def _flatten(key: str, value: Any, origin: str, leaves: Mapping[str, Any]) -> dict[_Path, _Setting]:
+    mapping = _mapping_of(key, leaves)
+    if mapping:
+        depth, rest = _depth(leaves[mapping]), key[len(mapping) + 1 :]
+        return _flatten_mapping((mapping, *(rest.split(".", depth - 1) if rest else ())), value, origin, depth)
     is_section = any(leaf.startswith(f"{key}.") for leaf in leaves)
     if not is_section:
         _check_known(key, origin, leaves)
-        return {key: _Setting(value, origin)}
+        return {(key,): _Setting(value, origin)}
     if value is None:  # a section with every line commented out
         return {}
     if not isinstance(value, Mapping):
         example = next(leaf for leaf in leaves if leaf.startswith(f"{key}."))
         raise SSNError(f"{key} is {value!r}, but it is a section and must hold keys such as {example} ({origin})")
-    flat: dict[str, _Setting] = {}
+    flat: dict[_Path, _Setting] = {}
     for name, nested in value.items():
         flat.update(_flatten(f"{key}.{name}", nested, origin, leaves))
+    return flat
+
+
+def _flatten_mapping(path: _Path, value: Any, origin: str, depth: int) -> dict[_Path, _Setting]:
+    if len(path) == depth + 1:
+        return {path: _Setting(value, origin)}
+    if value is None:  # every line commented out
+        return {}
+    if not isinstance(value, Mapping):
+        raise SSNError(f"{'.'.join(path)} is {value!r}, but it must hold keys and their values ({origin})")
+    flat: dict[_Path, _Setting] = {}
+    for name, nested in value.items():
+        flat.update(_flatten_mapping((*path, str(name)), nested, origin, depth))
     return flat
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AllReduce = Callable[[Tensor], Tensor]
-"""Elementwise sum of a 1-D float32 tensor over all workers, differentiable where the workers are more than one."""
+"""Elementwise sum of a 1-D float32 tensor over all workers; see :meth:`ssn.distributed.Workers.add_shares`."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ def total_loss(
         gamma: Focusing exponent of both focal losses.
         weight_BHW: Weight of each position in both map losses, broadcastable to the map (``[B, 1, 1]`` leaves out whole
             images); the score always counts.
-        all_reduce: Sums over the workers that share the batch. Every worker then returns the loss of the whole batch;
-            if its backward sums too, each worker's gradients are ``world_size`` times its share of the whole gradient,
-            so that averaging them over the workers gives the whole.
+        all_reduce: Sums over the workers that share the batch. Every worker then returns the loss of the whole batch,
+            and backward gives the gradients of its own share: summed over the workers they are the whole.
     """
     map_BHW, score_B = map_BHW.float(), score_B.float()
     sums = all_reduce(

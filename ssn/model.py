@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssn.config import ModelConfig, Size
+from ssn.distributed import ALONE, Workers, merge_moments
 from ssn.errors import SSNError
 
 CLS_KERNEL = 5
@@ -60,6 +61,30 @@ class Noise(NamedTuple):
 
     rows_NC: Tensor
     index_N: Tensor
+
+
+class BatchShare(NamedTuple):
+    """This worker's part of a batch that several may share; batch norms see the whole of it.
+
+    Attributes:
+        workers: Who share it.
+        counts: Positions (2B * H * W) of each; there are none where a batch has fewer images than workers.
+    """
+
+    workers: Workers
+    counts: list[int]
+
+    @property
+    def total(self) -> int:
+        """Positions of the whole batch."""
+        return sum(self.counts)
+
+    def merge(self, mean_D: Tensor, var_D: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of the whole batch from those of this part."""
+        if len(self.counts) == 1:
+            return mean_D, var_D
+        stacked = self.workers.stack(torch.stack([mean_D, var_D]))
+        return merge_moments(stacked[:, 0], stacked[:, 1], self.counts)
 
 
 @dataclass(frozen=True)
@@ -158,7 +183,7 @@ class _SegmentationSlice:
         for f_BhwC, pool_W, h in zip(self.features, r.pool_W, rows, strict=True):
             weight_dC = fold_dC[:, column : column + f_BhwC.shape[3]]
             low = _matmul(f_BhwC.flatten(0, 2), weight_dC.T)
-            wide = _left_multiply(pool_W, low.view(batch * h, -1, channels))
+            wide = _left_multiply(pool_W, low.view(batch * h, f_BhwC.shape[2], channels))
             stacked[:, offset : offset + h] = wide.view(batch, h, width, channels)
             offset += h
             column += f_BhwC.shape[3]
@@ -170,7 +195,7 @@ class _SegmentationSlice:
         r, batch, channels = self.resampling, self.batch, grad_BPd.shape[2]
         height, width = r.size_HW
         stacked = _left_multiply(r.pool_H.T, grad_BPd.view(batch, height, width * channels))
-        stacked = stacked.view(batch, -1, width, channels)
+        stacked = stacked.view(batch, r.pool_H.shape[1], width, channels)
         grads, offset = [], 0
         for f_BhwC, pool_W in zip(self.features, r.pool_W, strict=True):
             h = f_BhwC.shape[1]
@@ -201,25 +226,27 @@ class _SegmentationTraining(torch.autograd.Function):
         index_N: Tensor,
         resampling: Resampling,
         eps: float,
+        share: BatchShare,
         *features_BhwC: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = _SegmentationSlice(features_BhwC, resampling)
         height, width = resampling.size_HW
         batch, positions = head.batch, height * width
-        views = 2 * batch * positions
+        views = max(1, 2 * batch * positions)  # one of none, whose moments nobody looks at
         source_N = index_N % (batch * positions)
         map_clean = fold_DC.new_zeros(batch * positions)
         map_noisy = fold_DC.new_zeros(index_N.shape[0])
         mean_D, var_D = torch.empty_like(bias_D), torch.empty_like(bias_D)
         for s in _channel_slices(fold_DC.shape[0], fold_DC.device):
             clean_BPd = head.expand(fold_DC[s], bias_D[s])
-            clean_Pd = clean_BPd.view(batch * positions, -1)
+            clean_Pd = clean_BPd.view(batch * positions, clean_BPd.shape[2])
             at_noise_Nd = clean_Pd[source_N]
             noisy_Nd = at_noise_Nd + noise_ND[:, s]
             mean = (2 * clean_Pd.sum(0) - at_noise_Nd.sum(0) + noisy_Nd.sum(0)) / views
             # centred second moments: E[p^2] - mean^2 would cancel where the mean is large
             square = 2 * _centred_squares(clean_BPd, mean) - _centred_squares(at_noise_Nd[None], mean)
             var = (square + _centred_squares(noisy_Nd[None], mean)) / views
+            mean, var = share.merge(mean, var)
             mean_D[s], var_D[s] = mean, var
             scale = gamma_D[s] * torch.rsqrt(var + eps)
             shift = beta_D[s] - mean * scale
@@ -229,7 +256,7 @@ class _SegmentationTraining(torch.autograd.Function):
             act = F.leaky_relu_(torch.addcmul(shift, noisy_Nd, scale), LEAKY_SLOPE)
             map_noisy += act @ out_D[s]
         ctx.save_for_backward(fold_DC, bias_D, noise_ND, gamma_D, beta_D, out_D, index_N, mean_D, var_D, *features_BhwC)
-        ctx.resampling, ctx.eps = resampling, eps
+        ctx.resampling, ctx.eps, ctx.share = resampling, eps, share
         map_V = map_clean.repeat(2)
         map_V[index_N] = map_noisy
         ctx.mark_non_differentiable(mean_D, var_D)
@@ -241,22 +268,22 @@ class _SegmentationTraining(torch.autograd.Function):
         head = _SegmentationSlice(features, ctx.resampling)
         batch = head.batch
         height, width = ctx.resampling.size_HW
-        views = 2 * batch * height * width
+        views = ctx.share.total
         dmap_V = grads[0].reshape(-1)
         dmap_noisy = dmap_V[index_N]
         dmap_clean_V, weight_V = dmap_V.clone(), torch.ones_like(dmap_V)
         dmap_clean_V[index_N] = 0
         weight_V[index_N] = 0
-        dmap_clean = dmap_clean_V.view(2, -1).sum(0)
+        dmap_clean = dmap_clean_V.view(2, batch * height * width).sum(0)
         # how many views a clean position stands for: it carries that much of the batch statistics' gradient
-        weight_P = weight_V.view(2, -1).sum(0)
+        weight_P = weight_V.view(2, batch * height * width).sum(0)
         source_N = index_N % (batch * height * width)
 
         dfold_DC, dnoise_ND = torch.empty_like(fold_DC), torch.empty_like(noise_ND)
         dbias_D, dgamma_D, dbeta_D, dout_D = (torch.empty_like(bias_D) for _ in range(4))
         for s in _channel_slices(fold_DC.shape[0], fold_DC.device):
             clean_BPd = head.expand(fold_DC[s], bias_D[s])
-            clean_Pd = clean_BPd.view(batch * height * width, -1)
+            clean_Pd = clean_BPd.view(batch * height * width, clean_BPd.shape[2])
             noisy_Nd = clean_Pd[source_N] + noise_ND[:, s]
             mean, rstd, out = mean_D[s], torch.rsqrt(var_D[s] + ctx.eps), out_D[s]
             scale = gamma_D[s] * rstd
@@ -276,6 +303,7 @@ class _SegmentationTraining(torch.autograd.Function):
             dz_sum, dz_centred_sum = dz_sum * out, dz_centred_sum * out
             dbeta_D[s] = dz_sum
             dgamma_D[s] = dz_centred_sum * rstd
+            ctx.share.workers.add(dz_sum, dz_centred_sum)
 
             # pass 2: dp = scale * dz - (a + b * p), the bracket being the batch statistics' share
             b = scale * dz_centred_sum * rstd.square() / views
@@ -288,7 +316,7 @@ class _SegmentationTraining(torch.autograd.Function):
             # the bias sits in front of a batch norm: its gradient is zero but for rounding
             dbias_D[s] = clean_Pd.sum(0)
             dfold_DC[s] = head.contract(clean_BPd)
-        return dfold_DC, dbias_D, dnoise_ND, dgamma_D, dbeta_D, dout_D, None, None, None, *(None for _ in features)
+        return dfold_DC, dbias_D, dnoise_ND, dgamma_D, dbeta_D, dout_D, *(None for _ in range(4 + len(features)))
 
 
 def _tiles(x_BPd: Tensor) -> list[slice]:
@@ -422,6 +450,7 @@ class SuperSimpleNet(nn.Module):
         *,
         stop_grad: bool,
         noise_dtype: torch.dtype = torch.float32,
+        workers: Workers = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """Both halves of a training batch: the images, and the images again, each view with its own noise.
 
@@ -432,11 +461,16 @@ class SuperSimpleNet(nn.Module):
             stop_grad: Whether the classification head's loss stops at the map (unsupervised training).
             noise_dtype: Precision of the noise's matrix product (accumulation is float32); the rounding touches only
                 a perturbation of size sigma.
+            workers: Those who share the batch, if this is a slice of it, possibly empty: batch norms are over all of
+                it, and gradients are the slice's share. All of them must call this, and backward, at the same time.
 
         Returns:
             Map logits [2B, H, W] and score logits [2B]. Batch-norm buffers are updated.
         """
         r = self.resampling(features_BhwC)
+        positions = 2 * features_BhwC[0].shape[0] * r.size_HW[0] * r.size_HW[1]
+        counts = workers.stack(torch.tensor(positions, device=r.pool_H.device)).tolist() if workers.size > 1 else None
+        share = BatchShare(workers, counts or [positions])
         noise_NC = _pad_rows(noise.rows_NC.to(noise_dtype))
         seg_noise_ND = (noise_NC @ self.seg_conv.weight.flatten(1).to(noise_dtype).T)[: len(noise.index_N)].float()
         dtype = features_BhwC[0].dtype
@@ -451,26 +485,17 @@ class SuperSimpleNet(nn.Module):
             noise.index_N,
             r,
             self.seg_bn.eps,
+            share,
             *features_BhwC,
         )
-        _update_running_stats(self.seg_bn, mean_D, var_D, map_VHW.numel())
+        _update_running_stats(self.seg_bn, mean_D, var_D, share.total)
 
         clean_BPE = self._cls_clean(features_BhwC, r, self._cls_fold(dtype)) + self._cls_bias(r).flatten(0, 1)
         map_cls_VHW = map_VHW.detach() if stop_grad else map_VHW
         hidden_VPE = self._add_map(clean_BPE.repeat(2, 1, 1), map_cls_VHW)
         kernel_25EC = self.cls_conv.weight[:, :-1].permute(2, 3, 0, 1).flatten(0, 1)
         hidden_VPE = _NoisyConvolution.apply(hidden_VPE, kernel_25EC, noise_NC, noise.index_N, r.size_HW)
-        normed = F.batch_norm(
-            hidden_VPE.flatten(0, 1),
-            self.cls_bn.running_mean,
-            self.cls_bn.running_var,
-            self.cls_bn.weight,
-            self.cls_bn.bias,
-            training=True,
-            momentum=self.cls_bn.momentum or 0.0,
-            eps=self.cls_bn.eps,
-        )
-        _count_batch(self.cls_bn)
+        normed = _batch_norm(self.cls_bn, hidden_VPE.flatten(0, 1), share)
         return map_VHW, self._pool_and_score(F.relu(normed).view_as(hidden_VPE), map_cls_VHW)
 
     def fold(self, size_features: Sequence[Tensor]) -> FoldedHeads:
@@ -548,10 +573,10 @@ class SuperSimpleNet(nn.Module):
             h = f_BhwC.shape[1]
             for dy in range(CLS_KERNEL):
                 low = _matmul(f_BhwC.flatten(0, 2), weight[dy].T)  # rows (b, y, x), columns (dx, e)
-                wide = _left_multiply(shift_W, low.view(batch * h, -1, channels))
+                wide = _left_multiply(shift_W, low.view(batch * h, f_BhwC.shape[2] * CLS_KERNEL, channels))
                 stacked.append(wide.view(batch, h, width * channels))
         out = _left_multiply(r.shift_H, torch.cat(stacked, dim=1))
-        return out.view(batch, -1, channels)
+        return out.view(batch, r.size_HW[0] * width, channels)
 
     def _add_map(self, hidden_BPE: Tensor, map_BHW: Tensor, weight: Tensor | None = None) -> Tensor:
         """Add the 5x5 convolution of the map's own channel."""
@@ -600,13 +625,61 @@ class _NoisyConvolution(torch.autograd.Function):
         (height, width), half = ctx.size_HW, CLS_KERNEL // 2
         channels = grad_VPE.shape[2]
         frame = grad_VPE.new_zeros(*ctx.shape, channels, dtype=noise_NC.dtype)
-        frame[:, half:-half, half:-half] = grad_VPE.view(-1, height, width, channels)
+        frame[:, half:-half, half:-half] = grad_VPE.view(-1 if len(grad_VPE) else 0, height, width, channels)
         flat = frame.flatten(0, 2)
         kernel_grads = []
         for dy in range(CLS_KERNEL):
             rows = _pad_rows(torch.cat([flat[framed_N + shift] for shift in ctx.shifts[dy]], dim=1))
             kernel_grads.append((rows.T @ noise_NC).unflatten(0, (CLS_KERNEL, channels)))
         return grad_VPE, torch.cat(kernel_grads).to(grad_VPE.dtype), None, None, None
+
+
+class _SharedBatchNorm(torch.autograd.Function):
+    """Batch norm in training mode over the rows of all workers; a row's gradient is this worker's share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_PE: Tensor, gamma_E: Tensor, beta_E: Tensor, share: BatchShare, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = max(1, len(x_PE))
+        mean_E = x_PE.sum(0) / rows
+        mean_E, var_E = share.merge(mean_E, _centred_squares(x_PE[None], mean_E) / rows)
+        rstd_E = torch.rsqrt(var_E + eps)
+        normed_PE = (x_PE - mean_E).mul_(rstd_E)
+        ctx.save_for_backward(normed_PE, gamma_E, rstd_E)
+        ctx.share = share
+        ctx.mark_non_differentiable(mean_E, var_E)
+        return torch.addcmul(beta_E, normed_PE, gamma_E), mean_E, var_E
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        normed_PE, gamma_E, rstd_E = ctx.saved_tensors
+        grad_PE = grads[0]
+        dbeta_E, dgamma_E = grad_PE.sum(0), (grad_PE * normed_PE).sum(0)
+        grad_sum_E, centred_sum_E = dbeta_E.clone(), dgamma_E.clone()
+        ctx.share.workers.add(grad_sum_E, centred_sum_E)
+        dx_PE = grad_PE - torch.addcmul(grad_sum_E, normed_PE, centred_sum_E).div_(ctx.share.total)
+        return dx_PE.mul_(gamma_E * rstd_E), dgamma_E, dbeta_E, None, None
+
+
+def _batch_norm(bn: nn.BatchNorm2d, x_PE: Tensor, share: BatchShare) -> Tensor:
+    """Normalise by the whole batch's moments and keep them in the running ones."""
+    if len(share.counts) > 1:
+        normed_PE, mean_E, var_E = _SharedBatchNorm.apply(x_PE, bn.weight, bn.bias, share, bn.eps)
+        _update_running_stats(bn, mean_E, var_E, share.total)
+        return normed_PE
+    normed_PE = F.batch_norm(
+        x_PE,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        training=True,
+        momentum=bn.momentum or 0.0,
+        eps=bn.eps,
+    )
+    _count_batch(bn)
+    return normed_PE
 
 
 def _pad_rows(x_NC: Tensor) -> Tensor:

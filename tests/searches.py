@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssn.config import Config, flatten
-from tuning.scheduler import rung_epochs
+from tuning.rungs import rung_epochs
 from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Axis, Choice, FloatRange
+from tuning.space import Axis, Choice, Condition, FloatRange
 from tuning.study_database import StudyDatabase
+from tuning.weights import weights_key
 from tuning.winner import TrialRecord
 
 EPOCHS, GRACE, ETA = 9, 1, 3
+WEIGHTS = {weights_key(Config().model): "weights"}
 SIGMA, RATIO, WEAK = "synthesis.noise_sigma", "train.supervision_ratio", "train.weak_labels"
 SPACE: dict[str, Axis] = {
     SIGMA: FloatRange(1e-3, 0.3, log=True),
     RATIO: Choice((0.0, 0.5, 1.0)),
-    WEAK: Choice(("drop", "use"), ratio_below=0.75),
+    WEAK: Choice(("drop", "use"), when=(Condition(RATIO, "<", (0.75,)),)),
 }
 
 
@@ -27,9 +29,9 @@ def make_search(
     names: str, trials: int, earlier: Sequence[TrialRecord] = (), database: StudyDatabase | None = None
 ) -> MultiplexSearcher:
     """One search over categories of one letter each."""
-    base = flatten(Config()) | {"train.epochs": EPOCHS}
+    base = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
     return MultiplexSearcher(
-        [CategorySearch(name, base, SPACE, f"data of {name}", "weights", 0) for name in names],
+        [CategorySearch(name, base, SPACE, f"data of {name}", WEIGHTS, 0) for name in names],
         sweep_id="sweep",
         trials_per_category=trials,
         earlier=copy.deepcopy(list(earlier)),

@@ -35,10 +35,11 @@ from tuning.benchmark_table import BenchmarkTable, PaperNumbers, cost_s, make_ro
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.label_curve import LabelCurve, curve_rows, draw_label_curve, make_curves
 from tuning.objective import TrialContext
-from tuning.sweep import check_lasting, connect_ray, load_weights_digest, open_categories, open_stderr, place
-from tuning.tracking.protocol import BENCHMARK_STAGE, Sweep, count_scores
-from tuning.train_worker import Placement, weights_key
+from tuning.sweep import check_lasting, connect_ray, open_categories, open_stderr, place
+from tuning.tracking.protocol import BENCHMARK_STAGE, CLOSE_PATIENCE_S, STOP_PATIENCE_S, Sweep, count_scores
+from tuning.train_worker import Placement
 from tuning.tune_run import open_storage, run_tune
+from tuning.weights import load_weights_digest, weights_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,7 +120,8 @@ def benchmark(
             the test split; said before anything starts. Also if no run has finished at the end.
         KeyboardInterrupt: after an interrupt, with every run closed.
     """
-    from tuning.tracking import MLflowTracker
+    from tuning.tracking import MLflowTracker, Outbox
+    from tuning.tracking.outbox import outbox_folder
 
     started_s = time.monotonic()
     notify = functools.partial((console or open_stderr()).print, highlight=False, markup=False)
@@ -130,11 +132,11 @@ def benchmark(
     settings = load_config(BenchmarkSettings, sets=sets)
     variants = make_variants(read_configurations(configurations), overs)
     check_lasting(out, tracking_uri)
-    tracker = MLflowTracker(tracking_uri)
-    tracker.check()
+    mlflow = MLflowTracker(tracking_uri, persistent=False)
+    mlflow.check()
     champions: dict[str, Config] = {}
     if any(variant.name == CHAMPION for variant in variants):
-        champions = {name: _champion_of(test, tracker.tracking_uri) for name, test in tests.items()}
+        champions = {name: _champion_of(test, mlflow.tracking_uri) for name, test in tests.items()}
 
     @functools.cache
     def weights_digest(model: ModelConfig) -> str:
@@ -150,6 +152,7 @@ def benchmark(
     already = len(results)
     notify(f"{len(plan.runs)} runs fill {len(plan.cells)} cells; {already} of them are there already")
     models = {unflatten(run.config).model for run in plan.runs}
+    benchmark_id = store.benchmark_id()
     work = _Work(
         settings=settings,
         dataset=dataset,
@@ -160,8 +163,8 @@ def benchmark(
         plan=plan,
         weights_digests={weights_key(model): weights_digest(model) for model in models},
         store=store,
-        benchmark_id=store.benchmark_id(),
-        tracker=tracker,
+        benchmark_id=benchmark_id,
+        tracker=Outbox(mlflow, outbox_folder(join_uri(store.root_uri, RAY_FOLDER), benchmark_id)),
         results=results,
     )
     table, curves, files = work.execute([run for run in plan.runs if run.key not in results], paper, notify)
@@ -289,6 +292,7 @@ class _Work:
                 raise
             finally:
                 self.tracker.finish_sweep(described, status)
+                self.tracker.close(STOP_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S)
         return reported
 
     def tracked(self) -> Sweep:
@@ -317,13 +321,19 @@ class _Work:
         """Run what is left on Tune, and take in results and failures."""
         from ray.tune.schedulers import FIFOScheduler
 
-        from tuning.benchmark_runs import BenchmarkCallback, FixedRuns
+        from tuning.benchmark_runs import BenchmarkCallback
         from tuning.benchmark_score import ScoreOnTest
+        from tuning.fixed_runs import FixedRuns
         from tuning.progress import ProgressCallback
 
         stop = StopFlag()
         storage = open_storage(join_uri(self.store.root_uri, RAY_FOLDER))
-        searcher = FixedRuns(todo, self._tags)
+        searcher = FixedRuns(
+            todo,
+            stage=BENCHMARK_STAGE,
+            label=lambda run: f"{run.labels[0]}, repetition {run.seed}",
+            tags=self._tags,
+        )
         tracking = BenchmarkCallback(
             self.tracker,
             described,
@@ -339,7 +349,7 @@ class _Work:
             searcher,
             FIFOScheduler(),
             [ProgressCallback(searcher, ranked=False), tracking],
-            {name: TrialContext(data=data, objective=None, rung_epochs=()) for name, data in self.data.items()},
+            {name: TrialContext(data=data, objective=None, rungs=None) for name, data in self.data.items()},
             name=f"{self.benchmark_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
             data_uri=self.data_uri,
             weights_digests=self.weights_digests,

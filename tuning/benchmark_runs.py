@@ -1,4 +1,4 @@
-"""The runs of a benchmark on Ray Tune: a fixed list, of which nothing is pruned.
+"""What becomes of a benchmark's runs.
 
 A run's last report brings its score on the test split along with the model. The driver writes it to the tracker and,
 last of all, to its result file: what has a file is finished.
@@ -7,138 +7,17 @@ last of all, to its result file: what has a file is finished.
 from __future__ import annotations
 
 import math
-import pickle
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ray.tune.search import Searcher
 
 from tuning.benchmark_plan import PlannedRun
 from tuning.benchmark_results import ResultStore, RunResult
 from tuning.tracking.callback import TrackerCallback, reached_last_epoch
-from tuning.tracking.protocol import BENCHMARK_STAGE
 from tuning.train_worker import Placement
-from tuning.winner import TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
-
-
-class FixedRuns(Searcher):
-    """Suggests every run once, each to a category with the fewest running.
-
-    So, as far as there are as many categories as places, each is worked on by one run at a time, and none waits for
-    features that another run of its category still computes.
-
-    Args:
-        runs: In order; none of them finished yet.
-        tags: Of a run, for the tracker.
-    """
-
-    def __init__(self, runs: Sequence[PlannedRun], tags: Callable[[PlannedRun], Mapping[str, str]]) -> None:
-        super().__init__()
-        self._runs = list(runs)
-        self._tags = [dict(tags(run)) for run in runs]
-        self._started = [False] * len(runs)
-        self._records: dict[str, TrialRecord] = {}
-        self._max_concurrent: int | None = None
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Categories that have runs to do."""
-        return tuple(dict.fromkeys(run.category for run in self._runs))
-
-    @property
-    def max_concurrent(self) -> int | None:
-        """How many runs may be under way at once; None: no limit."""
-        return self._max_concurrent
-
-    @property
-    def done(self) -> bool:
-        """Whether every run has ended; false after an interrupt."""
-        return all(self._started) and not any(r.state == "running" for r in self._records.values())
-
-    def records(self, category: str | None = None) -> list[TrialRecord]:
-        """Runs in the order they were started; those of one category, or all."""
-        return [r for r in self._records.values() if category in (None, r.category)]
-
-    def expected_trials(self, category: str) -> int:
-        """Runs of the category."""
-        return sum(run.category == category for run in self._runs)
-
-    def failures(self) -> list[tuple[PlannedRun, str]]:
-        """Runs that failed, and why."""
-        by_name = {(run.category, run.identity): run for run in self._runs}
-        failed = [r for r in self._records.values() if r.state == "failed"]
-        return [(by_name[r.category, r.trial_key], r.failure or "it raised an error") for r in failed]
-
-    def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Take over the limit that ``TuneConfig.max_concurrent_trials`` states."""
-        self._max_concurrent = max_concurrent
-        return True
-
-    # Ray's annotation leaves out FINISHED, which is a string.
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next run; None while the concurrency limit is reached; ``FINISHED`` once all are started."""
-        waiting = [i for i, started in enumerate(self._started) if not started]
-        if not waiting:
-            return str(Searcher.FINISHED)
-        running = Counter(r.category for r in self._records.values() if r.state == "running")
-        if self._max_concurrent is not None and running.total() >= self._max_concurrent:
-            return None
-        index = min(waiting, key=lambda i: running[self._runs[i].category])
-        run = self._runs[index]
-        self._started[index] = True
-        self._records[trial_id] = TrialRecord(
-            trial_id=trial_id,
-            trial_key=run.identity,
-            category=run.category,
-            index=run.index,
-            number=run.index,
-            max_epochs=int(run.config["train.epochs"]),
-            config=dict(run.config),
-            params={},
-        )
-        return {
-            "trial_key": run.identity,
-            "category": run.category,
-            "index": run.index,
-            "config": dict(run.config),
-            "stage": BENCHMARK_STAGE,
-            "label": f"{run.labels[0]}, repetition {run.seed}",
-            "tags": self._tags[index],
-        }
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note how far a run is."""
-        record = self._records[trial_id]
-        record.epoch, record.metrics = int(result.get("epoch", record.epoch)), dict(result)
-        record.failure = result.get("failure", record.failure)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Note how a run ended. Tune does not call this for runs that an interrupt cuts short."""
-        record = self._records[trial_id]
-        if result is not None:
-            self.on_trial_result(trial_id, result)
-        cut_short = not error and record.epoch < record.max_epochs
-        if cut_short and record.failure is None:
-            record.failure = f"it ended after {record.epoch} of {record.max_epochs} epochs"
-        record.state = "failed" if error or cut_short else "complete"
-
-    def note_failure(self, trial_id: str, reason: str) -> None:
-        """Keep why a run failed, in one line; Tune tells a searcher only that it did."""
-        self._records[trial_id].failure = reason
-
-    def save(self, checkpoint_path: str) -> None:
-        """Tune keeps its searcher's state; a benchmark goes by its result files."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
-
-    def restore(self, checkpoint_path: str) -> None:
-        """The counterpart of :meth:`save`."""
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
 
 class BenchmarkCallback(TrackerCallback):

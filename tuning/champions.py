@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.errors import SSNError
+from tuning.incumbent import Incumbent
 from tuning.tracking.mlflow_tracker import MAX_TAG_LENGTH, absolute_uri, explained, open_client
 from tuning.tracking.protocol import BENCHMARK_STAGE, MODEL_ARTIFACT_PATH, TRIAL_MODEL_FILES
 
@@ -169,31 +170,33 @@ class ChampionOrigin:
     """Where the images were that it was tuned on; None: not recorded."""
     search_fingerprint: str | None
     """Of those images."""
+    split_seed: str | None = None
+    """By which they had been split; None: not recorded."""
+
+
+class NoChampionError(SSNError):
+    """A category has no champion."""
 
 
 def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOrigin:
     """Look up the champion of a category, without its weights.
 
     Raises:
-        SSNError: it has none, or the champion's run has no model any more.
+        NoChampionError: it has none.
+        SSNError: the champion's run has no model any more.
     """
-    from mlflow.exceptions import MlflowException
-
     from ssn.checkpoint import CONFIG_FILE
     from ssn.config import unflatten
 
     client = open_client(tracking_uri)
     name = registered_name(dataset, category)
     with explained(tracking_uri), tempfile.TemporaryDirectory(prefix="champion-") as scratch:
-        try:
-            registered = client.get_model_version_by_alias(name, ALIAS)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise SSNError(
+        registered = _champion_version(client, name)
+        if registered is None:
+            raise NoChampionError(
                 f"{name} has no champion at {absolute_uri(tracking_uri)}; run `tuning sweep` first, or leave the "
                 "configuration champion out"
-            ) from error
+            )
         run = _get_trial_run(client, registered.run_id, tracking_uri)
         if f"{MODEL_ARTIFACT_PATH}/{CONFIG_FILE}" not in {
             item.path for item in client.list_artifacts(registered.run_id, MODEL_ARTIFACT_PATH)
@@ -209,7 +212,38 @@ def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOri
         version=str(registered.version),
         data_uri=run.data.tags.get("data_uri"),
         search_fingerprint=run.data.tags.get("search_fingerprint"),
+        split_seed=run.data.tags.get("split_seed"),
     )
+
+
+def find_incumbent(tracking_uri: str, dataset: str, category: str) -> Incumbent | None:
+    """The champion of a category as a rival for the next one; None: there is none yet."""
+    client = open_client(tracking_uri)
+    name = registered_name(dataset, category)
+    with explained(tracking_uri):
+        registered = _champion_version(client, name)
+    if registered is None:
+        return None
+    return Incumbent(name, str(registered.version), registered.run_id, dict(registered.tags))
+
+
+def tag_version(tracking_uri: str, name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Add tags to a registered version."""
+    client = open_client(tracking_uri)
+    with explained(tracking_uri):
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value[:MAX_TAG_LENGTH])
+
+
+def _champion_version(client: MlflowClient, name: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, ALIAS)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def load_trial_model(run_id: str, tracking_uri: str) -> Checkpoint:

@@ -57,8 +57,40 @@ def sweep(
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
+    ] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Also try what did best in other categories (search.transfer).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="labels|latency",
+            help="Weigh the objective against this cost: a front per category (objective.against).",
+        ),
+    ] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
+    max_trials: Annotated[
+        int | None,
+        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="TIME",
+            help="When to stop the search, such as 2h or 90m; champions are chosen among the complete trials "
+            "(search.time_budget).",
+        ),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", help="GPU hours after which to stop the search (search.max_gpu_hours)."),
+    ] = None,
     tracking_uri: TrackingOption = None,
     num_workers: Annotated[
         int | None,
@@ -88,9 +120,14 @@ def sweep(
     from ssn.loader import load_config
     from tuning.settings import SweepSettings
 
-    sets = [*(set_ or ()), *placement_sets(num_workers, use_gpu)]
-    if trials is not None:
-        sets.append(f"search.trials={trials}")
+    sets = [
+        *(set_ or ()),
+        *placement_sets(num_workers, use_gpu),
+        *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+        *(["search.shared=true"] if shared else ()),
+        *(["search.transfer=true"] if transfer else ()),
+        *([f"objective.against={against}"] if against is not None else ()),
+    ]
     name = None if dataset is None else dataset_name(dataset)
     categories = tuple(category) if category else None
     if resume is not None:
@@ -131,8 +168,82 @@ def sweep(
         resumed=resumed,
     )
     show_leaderboard(result.leaderboard)
+    if result.comparison is not None:
+        print_whole(result.comparison.table())
     if json_file is not None:
         write_json(json_file, result.to_dict())
+
+
+@app.command()
+def plan(
+    dataset: DatasetArgument,
+    data: DataOption,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    set_: SetOption = None,
+    config: ConfigOption = None,
+    max_trials: Annotated[
+        int | None,
+        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option("--time-budget", metavar="TIME", help="As for a sweep, such as 2h or 90m (search.time_budget)."),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option("--max-gpu-hours", help="As for a sweep (search.max_gpu_hours).")
+    ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers)."),
+    ] = None,
+    use_gpu: Annotated[
+        bool | None,
+        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure durations and memory with a few images and steps, here or on the cluster of RAY_ADDRESS.",
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", min=0, help="Of one node; with --calibrate, what the search would cost."),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what a sweep would search, and its trials, epochs, features, memory, hours and cost, without starting it."""
+    from ssn.loader import load_config
+    from tuning.settings import SweepSettings
+
+    sets = [
+        *(set_ or ()),
+        *placement_sets(num_workers, use_gpu),
+        *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+    ]
+    name = dataset_name(dataset)
+    categories = tuple(category) if category else None
+    settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=read_defaults(data, name, categories))
+
+    from tuning.plan import plan as make_plan  # after the settings are known to be right: torch takes seconds
+    from tuning.plan_text import plan_lines, plan_table
+
+    planned = make_plan(
+        settings,
+        dataset=name,
+        data_uri=data,
+        categories=categories,
+        calibrate=calibrate,
+        price_per_hour=price_per_hour,
+    )
+    print_whole(plan_table(planned))
+    print("\n".join(plan_lines(planned)))
+    if json_file is not None:
+        write_json(json_file, planned.to_dict())
 
 
 @app.command()
@@ -277,10 +388,38 @@ def report(
         write_json(json_file, leaderboard.as_dict())
 
 
+@app.command()
+def replay(
+    outbox: Annotated[Path, typer.Argument(metavar="OUTBOX", help="The folder that the sweep named.")],
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="Where MLflow is now, if not where the sweep had it."),
+    ] = None,
+) -> None:
+    """Write to MLflow what a sweep could not while MLflow was away, and end the runs that a killed sweep left open."""
+    from tuning.tracking.outbox import replay as run_replay
+
+    count = run_replay(outbox, tracking_uri)
+    print(f"{count} operations replayed")
+
+
 def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:
     """Options of their own as the ``--set`` options that they stand for."""
     given = {"resources.num_workers": num_workers, "resources.use_gpu": use_gpu}
     return [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
+
+
+def search_sets(
+    trials: int | None, max_trials: int | None, time_budget: str | None, max_gpu_hours: float | None
+) -> list[str]:
+    """Options of their own as the ``--set`` options that they stand for."""
+    given = {
+        "search.trials": trials,
+        "search.max_trials": max_trials,
+        "search.time_budget": time_budget,
+        "search.max_gpu_hours": max_gpu_hours,
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:

@@ -30,6 +30,9 @@ FORMAT_VERSION = 1
 """Raised when ledgers of before can no longer be read."""
 SWEEP_FILE = "sweep.json"
 STUDIES_FILE = "studies.db"
+CONFIGURATION_STAGE = "configuration"
+"""Of what a search for all categories suggested; such a record stays ``running``, and what became of it is told by its
+trials."""
 READERS = 16
 """Files read at once: an object store answers in tens of milliseconds, whoever asks."""
 
@@ -109,6 +112,23 @@ class SweepLedger:
 
     # What follows a search.
 
+    def write_end(self, stage: str, ended_by: str) -> None:
+        """Keep which budget ended a stage, so that nothing more is started for it.
+
+        Raises:
+            SSNError: the store cannot be written to.
+        """
+        self.files.write(f"ended/{stage}.json", {"ended_by": ended_by}, version=FORMAT_VERSION)
+
+    def read_end(self, stage: str) -> str | None:
+        """What :meth:`write_end` kept; None: no budget has ended it.
+
+        Raises:
+            SSNError: the store cannot be read.
+        """
+        content = self.files.read(f"ended/{stage}.json", version=FORMAT_VERSION)
+        return None if content is None else str(content["ended_by"])
+
     def write_score(self, category: str, trial_key: str, score: ChampionScore) -> None:
         """Keep what the test split said of a trial's model, so that it is asked once.
 
@@ -116,8 +136,9 @@ class SweepLedger:
             SSNError: the store cannot be written to.
         """
         name = _score_name(category, trial_key)
-        self.files.write_bytes(f"{name}.png", score.picture)
-        content = {key: value for key, value in asdict(score).items() if key != "picture"}
+        if score.picture is not None:
+            self.files.write_bytes(f"{name}.png", score.picture)
+        content = asdict(score) | {"picture": score.picture is not None}
         self.files.write(f"{name}.json", content, version=FORMAT_VERSION)
 
     def read_score(self, category: str, trial_key: str) -> ChampionScore | None:
@@ -128,10 +149,10 @@ class SweepLedger:
         """
         name = _score_name(category, trial_key)
         content = self.files.read(f"{name}.json", version=FORMAT_VERSION)
-        picture = self.files.read_bytes(f"{name}.png")
-        if content is None or picture is None:
+        if content is None:
             return None
-        return ChampionScore(**content, picture=picture)
+        picture = self.files.read_bytes(f"{name}.png") if content["picture"] else None
+        return ChampionScore(**content | {"picture": picture})
 
     def write_champion(self, category: str, champion: ChampionVersion) -> None:
         """Keep which model was registered, so that nothing is registered twice.

@@ -23,6 +23,10 @@ class RecordKeeper(Protocol):
         """Of a trial, by Tune's id."""
         ...
 
+    def origin(self, trial_id: str) -> TrialRecord | None:
+        """What a trial cannot be suggested again without; None: nothing but its own record."""
+        ...
+
 
 class LedgerCallback(TrackerCallback):
     """Writes a trial's file as it starts, as it leaves a checkpoint, and as it ends.
@@ -44,6 +48,9 @@ class LedgerCallback(TrackerCallback):
         self.keeper = keeper
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        origin = self.keeper.origin(trial.trial_id)
+        if origin is not None:
+            self.ledger.write_trial(origin)
         self.ledger.write_trial(self.keeper.record(trial.trial_id))
         super().on_trial_start(iteration, trials, trial, **info)
 

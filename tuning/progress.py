@@ -22,8 +22,9 @@ from tuning.winner import TrialRecord, select_winner
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-    from tuning.benchmark_runs import FixedRuns
+    from tuning.fixed_runs import FixedRuns
     from tuning.search import MultiplexSearcher
+    from tuning.shared import SharedSearcher
 
 _LIVE_PERIOD_S = 0.5
 # Rows of the screen that the table's frame, header, summary and the prompt take.
@@ -106,7 +107,7 @@ class ProgressCallback(Callback):
 
     def __init__(
         self,
-        searcher: MultiplexSearcher | FixedRuns,
+        searcher: MultiplexSearcher | SharedSearcher | FixedRuns[Any],
         *,
         ranked: bool = True,
         interval_s: float = 30.0,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tuning.costs import is_feasible
 from tuning.tracking.mlflow_tracker import absolute_uri, ui_command
 from tuning.tracking.protocol import PARENT_STAGE, RunRecord
 
@@ -26,13 +27,20 @@ class LeaderboardRow:
     perlin_threshold: float | None = None
     supervision_ratio: float | None = None
     validation_objective: float | None = None
-    """The champion's; the mean over seeds where there were several."""
+    """The winner's; the mean over seeds where there were several."""
+    validation_objective_std: float | None = None
+    """Sample standard deviation over seeds; None: one seed."""
     default_objective: float | None = None
     """Trial 0's, which has the paper's settings, on the same validation split."""
     test_image_auroc: float | None = None
+    """None also where the champion registered before stays: the winner is then not scored."""
+    test_image_auroc_std: float | None = None
     test_pixel_ap: float | None = None
+    test_pixel_ap_std: float | None = None
+    seeds: int | None = None
+    """Runs of the winner's settings, which differ in their seeds alone."""
     train_labels: int | None = None
-    """Defective training images that the champion used."""
+    """Defective training images that the winner used."""
     train_masks: int | None = None
     """Those of them whose pixel masks it used."""
     validation_labels: int | None = None
@@ -41,8 +49,10 @@ class LeaderboardRow:
     trials_complete: int = 0
     trials_pruned: int = 0
     trials_failed: int = 0
+    trials_infeasible: int = 0
+    """Complete or not, they exceeded a bound such as ``objective.max_masks`` and could not win."""
     duration_s: float | None = None
-    """Summed over the category's trials, however many ran at once."""
+    """Summed over the category's trials and finalists, however many ran at once."""
     champion: str | None = None
     """Registered model version, as ``<dataset>.<category>/<version>``."""
 
@@ -68,8 +78,8 @@ class Leaderboard:
         table = Table(
             title=Text(self._title()), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0
         )
-        if self.notes:
-            table.caption = Text("\n".join(self.notes))
+        if self._notes():
+            table.caption = Text("\n".join(self._notes()))
         for _, heading in _COLUMNS:
             table.add_column(heading, justify="left" if heading == "category" else "right", overflow="fold")
         for row in self.rows:
@@ -87,7 +97,7 @@ class Leaderboard:
         lines += [_markdown_line(_cells(row)) for row in self.rows]
         if len(self.rows) > 1:
             lines.append(_markdown_line(_mean_cells(self.rows)))
-        for note in self.notes:
+        for note in self._notes():
             lines += ["", note]
         return "\n".join(lines) + "\n"
 
@@ -98,7 +108,7 @@ class Leaderboard:
             "sweep_id": self.sweep_id,
             "tracking_uri": self.tracking_uri,
             "ui_command": self.ui_command(),
-            "notes": list(self.notes),
+            "notes": self._notes(),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -112,6 +122,13 @@ class Leaderboard:
             return ""
         command = self.ui_command()
         return f"runs: {command}" if command else f"runs: {absolute_uri(self.tracking_uri)}"
+
+    def _notes(self) -> list[str]:
+        """What ± means where there is any, and the sweep's own notes."""
+        seeds = sorted({row.seeds for row in self.rows if row.seeds is not None and row.seeds > 1})
+        if not seeds:
+            return list(self.notes)
+        return [f"±: sample standard deviation over {' or '.join(map(str, seeds))} seeds", *self.notes]
 
     def _title(self) -> str:
         return f"{self.dataset}: champions of sweep {self.sweep_id}"
@@ -137,10 +154,10 @@ _COLUMNS = (
 def _cells(row: LeaderboardRow) -> list[str]:
     return [
         row.category,
-        _metric(row.validation_objective),
+        _spread(row.validation_objective, row.validation_objective_std),
         _metric(row.default_objective),
-        _metric(row.test_image_auroc),
-        _metric(row.test_pixel_ap),
+        _spread(row.test_image_auroc, row.test_image_auroc_std),
+        _spread(row.test_pixel_ap, row.test_pixel_ap_std),
         _setting(row.noise_sigma),
         _setting(row.perlin_threshold),
         _setting(row.supervision_ratio),
@@ -186,6 +203,10 @@ def _metric(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.3f}"
 
 
+def _spread(mean: float | None, std: float | None) -> str:
+    return _metric(mean) if std is None else f"{_metric(mean)} ±{std:.3f}"
+
+
 def _setting(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.3g}"
 
@@ -212,6 +233,16 @@ def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def count_infeasible(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """A note on trials that could not win for what they cost; none where all could."""
+    counted = [
+        f"{row.category} {row.trials_infeasible} of {row.trials_complete + row.trials_pruned + row.trials_failed}"
+        for row in rows
+        if row.trials_infeasible
+    ]
+    return [f"trials that exceeded a bound and could not win: {', '.join(counted)}"] if counted else []
+
+
 def leaderboard_from_runs(
     dataset: str,
     sweep_id: str,
@@ -222,10 +253,11 @@ def leaderboard_from_runs(
 ) -> Leaderboard:
     """Read a sweep's leaderboard back from its runs, as ``tuning report`` does.
 
-    Trials are counted from the search's runs. A category's champion is the run named by its parent run's tag
-    ``champion_run_id``, whose test metrics are the parent's ``test_*`` metrics; label and mask counts are the parent's
-    tags ``train_labels``, ``train_masks``, ``validation_labels``, ``validation_masks``. A category without a champion
-    yet shows its counts alone.
+    Trials are counted from the search's runs. A category's best run is named by its parent run's tag ``best_run_id``,
+    or ``champion_run_id`` where an earlier release wrote it; test metrics are the parent's ``test_*`` metrics; label
+    and mask counts are the parent's tags ``train_labels``, ``train_masks``, ``validation_labels``,
+    ``validation_masks``. What the parent's tags ``decision`` and ``ended_by`` say becomes notes. A category without a
+    winner yet shows its counts alone.
 
     Args:
         dataset: Dataset's name.
@@ -237,25 +269,29 @@ def leaderboard_from_runs(
     by_id = {run.run_id: run for run in runs}
     parents = [run for run in runs if run.stage == PARENT_STAGE]
     rows = [
-        _row(parent, [r for r in runs if r.parent_run_id == parent.run_id and r.stage == "search"], by_id)
+        _row(parent, [r for r in runs if r.parent_run_id == parent.run_id], by_id)
         for parent in sorted(parents, key=lambda run: run.category)
     ]
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=tuple(notes))
+    decisions = [parent.tags["decision"] for parent in parents if "decision" in parent.tags]
+    ended_by = dict.fromkeys(parent.tags["ended_by"] for parent in parents if "ended_by" in parent.tags)
+    found = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=found)
 
 
-def _row(parent: RunRecord, trials: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:
-    champion = by_id.get(parent.tags.get("champion_run_id", ""))
+def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:
+    trials = [run for run in children if run.stage == "search"]
+    best = by_id.get(parent.tags.get("best_run_id") or parent.tags.get("champion_run_id", ""))
     default = next((t for t in trials if t.tags["trial_index"] == "0" and t.trial_state == "COMPLETE"), None)
     states = [trial.trial_state for trial in trials]
-    durations_s = [trial.metrics["elapsed_s"] for trial in trials if "elapsed_s" in trial.metrics]
-    settings = {key: _float(champion.params.get(key)) if champion else None for key in REPORTED_PARAMS}
+    durations_s = [run.metrics["elapsed_s"] for run in children if "elapsed_s" in run.metrics]
+    settings = {key: _float(best.params.get(key)) if best else None for key in REPORTED_PARAMS}
     counts = {
         key: int(parent.tags[key]) if key in parent.tags else None
-        for key in ("train_labels", "train_masks", "validation_labels", "validation_masks")
+        for key in ("train_labels", "train_masks", "validation_labels", "validation_masks", "seeds")
     }
     objective = parent.metrics.get("validation_objective")
-    if objective is None and champion is not None:
-        objective = champion.metrics.get("objective")
+    if objective is None and best is not None:
+        objective = best.metrics.get("objective")
     return LeaderboardRow(
         category=parent.category,
         noise_sigma=settings["synthesis.noise_sigma"],
@@ -263,13 +299,17 @@ def _row(parent: RunRecord, trials: Sequence[RunRecord], by_id: Mapping[str, Run
         supervision_ratio=settings["train.supervision_ratio"],
         validation_objective=objective,
         default_objective=default.metrics.get("objective") if default else None,
+        validation_objective_std=parent.metrics.get("validation_objective_std"),
         test_image_auroc=parent.metrics.get("test_image_auroc"),
+        test_image_auroc_std=parent.metrics.get("test_image_auroc_std"),
         test_pixel_ap=parent.metrics.get("test_pixel_ap"),
+        test_pixel_ap_std=parent.metrics.get("test_pixel_ap_std"),
         trials_complete=states.count("COMPLETE"),
         trials_pruned=states.count("PRUNED"),
         trials_failed=states.count("FAIL"),
+        trials_infeasible=sum(not is_feasible(trial.metrics) for trial in trials),
         duration_s=sum(durations_s) if durations_s else None,
-        champion=champion.tags.get("champion_version") if champion else None,
+        champion=parent.tags.get("champion") or (best.tags.get("champion_version") if best else None),
         **counts,
     )
 

@@ -12,8 +12,9 @@ from ssn.config import NUMERICS_VERSION, flatten
 from ssn.data.storage import resolve_uri
 from ssn.errors import SSNError
 from ssn.loader import load_config
-from tuning.ledger import SweepLedger
+from tuning.ledger import CONFIGURATION_STAGE, SweepLedger
 from tuning.settings import SweepSettings
+from tuning.space_syntax import DEFAULT_SPACE
 from tuning.winner import TrialRecord
 
 if TYPE_CHECKING:
@@ -64,10 +65,13 @@ def describe_sweep(
     data_uri: str,
     data: Mapping[str, SearchData],
     tracking_uri: str,
-    weights_digest: str,
+    weights_digests: Mapping[str, str],
     code: Mapping[str, str],
 ) -> dict[str, Any]:
     """All that a sweep is, as plain JSON."""
+    flat = flatten(settings)
+    # what is read back is put over the default space, so what was taken out of that must be said
+    flat["search.space"] = {**dict.fromkeys(DEFAULT_SPACE), **flat["search.space"]}
     return {
         "dataset": dataset,
         "data_uri": data_uri,
@@ -80,9 +84,9 @@ def describe_sweep(
             }
             for name, each in data.items()
         },
-        "settings": flatten(settings),
+        "settings": flat,
         "tracking_uri": tracking_uri,
-        "weights_digest": weights_digest,
+        "weights_digests": dict(weights_digests),
         "numerics_version": NUMERICS_VERSION,
         "code": dict(code),
     }
@@ -154,11 +158,14 @@ def check_unchanged(sweep_id: str, before: Mapping[str, Any], now: Mapping[str, 
                     f"sweep {sweep_id} cannot go on: the data of {category} at {before['data_uri']} changed ({key}); "
                     "bring it back, or start a new sweep"
                 )
-    for key, what in (("weights_digest", "the backbone's weights"), ("numerics_version", "how trials are computed")):
-        if now[key] != before[key]:
+    known = [(f"the weights of {key}", before["weights_digests"][key], now["weights_digests"].get(key)) for key in
+             before["weights_digests"]]  # fmt: skip
+    known.append(("numerics_version, how trials are computed,", before["numerics_version"], now["numerics_version"]))
+    for what, was, is_ in known:
+        if was != is_:
             raise SSNError(
-                f"sweep {sweep_id} cannot go on: {what} changed ({key} was {before[key]}, is {now[key]}), so its "
-                "trials would not compare; bring it back, or start a new sweep"
+                f"sweep {sweep_id} cannot go on: {what} changed (was {was}, is {is_}), so its trials would not "
+                "compare; bring it back, or start a new sweep"
             )
     return [
         f"{key} was {value} when sweep {sweep_id} was started, and is {now['code'].get(key, 'unknown')}"
@@ -177,6 +184,13 @@ def read_earlier(ledger: SweepLedger, *, retry_failed: bool) -> list[TrialRecord
     if not retry_failed:
         return records
     return [replace(r, state="running", failure=None) if r.state == "failed" else r for r in records]
+
+
+def count_trials(records: Sequence[TrialRecord]) -> str:
+    """How many have ended and how many were cut short, in words."""
+    states = [record.state for record in records if record.stage != CONFIGURATION_STAGE]
+    running = states.count("running")
+    return f"{len(states) - running} trials have ended, {running} were cut short"
 
 
 def resume_command(sweep_id: str, out: Path | str) -> str:
@@ -207,13 +221,18 @@ def close_runs(
     from tuning.tracking.callback import RESULT_TAGS, checkpoint_folder, epoch_metrics
     from tuning.tracking.protocol import STATUS_OF_STATE, TrialInfo, describe_trial
 
-    states: dict[str, TrialState] = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    states: dict[str, TrialState] = {
+        "complete": "COMPLETE",
+        "pruned": "PRUNED",
+        "failed": "FAIL",
+        "stopped": "INTERRUPTED",
+    }
     known = {run.run_key: run for run in tracker.find_runs(sweep.dataset, sweep_id=sweep.sweep_id)}
     lines = []
     for record in records:
         if record.state == "running":
             continue
-        info = TrialInfo(record.category, record.trial_key, record.index, record.config, record.stage)
+        info = TrialInfo(record.category, record.trial_key, record.index, record.config, record.stage, tags=record.tags)
         run, state = known.get(describe_trial(sweep, info).run_key), states[record.state]
         if run is not None and run.trial_state == state and run.status == STATUS_OF_STATE[state]:
             continue

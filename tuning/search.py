@@ -10,24 +10,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from ssn.config import digest, trial_identity, unflatten
+from ssn.config import digest, flatten, trial_identity, unflatten
 from ssn.errors import SSNError
-from tuning.space import Axis, FloatRange, applies, validate_space
+from tuning.costs import excesses, shape_key, trial_cost
+from tuning.sampler import make_sampler
+from tuning.space import Axis, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value, validate_space
+from tuning.warm_start import Start, Transfers, transfer_is_due
+from tuning.weights import weights_key
 from tuning.winner import RecordState, TrialRecord, conclude
 
 if TYPE_CHECKING:
+    from tuning.settings import Against
     from tuning.study_database import StudyDatabase
 
 MAX_DUPLICATES = 50
@@ -40,29 +45,45 @@ class CategorySearch:
 
     category: str
     base: Mapping[str, Any]
-    """Flat configuration; trial 0 is this, unchanged, and later trials replace the searched keys."""
+    """Flat configuration; trial 0 is this, and later trials replace the searched keys."""
     space: Mapping[str, Axis]
     """As :func:`tuning.space.resolve_space` returns it."""
     search_fingerprint: str
-    weights_digest: str
+    weights_digests: Mapping[str, str]
+    """Of every backbone that a trial may load, by :func:`tuning.weights.weights_key`."""
     split_seed: int
+    starts: tuple[Start, ...] = ()
+    """Tried in this order after the base configuration, before the sampler is asked."""
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
+        built = unflatten(config)
         return trial_identity(
-            unflatten(config),
+            built,
             search_fingerprint=self.search_fingerprint,
-            weights_digest=self.weights_digest,
+            weights_digest=self.weights_digests[weights_key(built.model)],
             split_seed=self.split_seed,
         )
+
+    def config(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's configuration; what the base leaves to the variant is filled in."""
+        return flatten(unflatten({**self.base, **params}).resolved())
+
+    def tags(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """What a trial's run says of its backbone where the search tries several."""
+        if len(self.weights_digests) == 1:
+            return {}
+        model = unflatten(config).model
+        return {"backbone": model.backbone, "backbone_digest": self.weights_digests[weights_key(model)]}
 
 
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config"}``, all plain. The first of every category is its base
-    configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's result and
-    asked anew, without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain, and ``latency_ms`` where that
+    of its network is known. The first of every category is its base configuration, then come its starts; the tag
+    ``suggested_by`` says where a configuration came from. A suggestion that repeats an earlier trial of its category is
+    answered from that trial's result and asked anew, without a run and without counting against the budget.
 
     A sweep goes on from the records of what was there before (``earlier``): those that ended are told to the studies;
     those that were cut short are suggested first, under the same key and index, with ``resume_from``, the path of their
@@ -76,6 +97,13 @@ class MultiplexSearcher(Searcher):
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
+        transfer: Have categories try, now and then, what has done best in others.
+        against: What the objective is weighed against; unless ``none``, studies have two directions.
+        sampler: Makes a category's sampler from the search seed, the category and its budget.
+        max_trials: Budget of all categories together; None: none.
+        reuse_features: Serve the category that was served last first among equals, so that its features are still
+            there. For searches whose features do not fit into memory at once: in the same order every time, none ever
+            would be.
         earlier: Trials of the same sweep, from its ledger.
         database: Where the studies are shown to others; the search itself works in memory.
 
@@ -90,6 +118,11 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
+        transfer: bool = False,
+        against: Against = "none",
+        sampler: Callable[[int, str, int], BaseSampler] = make_sampler,
+        max_trials: int | None = None,
+        reuse_features: bool = False,
         earlier: Sequence[TrialRecord] = (),
         database: StudyDatabase | None = None,
     ) -> None:
@@ -101,7 +134,12 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
+        self._max_trials = max_trials
+        self._reuse_features = reuse_features
+        self.ended_by: str | None = None
+        """The budget that ended the search before all trials were started or done, in one line; None: none did."""
         self._database = database
+        self._against = against
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
@@ -111,16 +149,18 @@ class MultiplexSearcher(Searcher):
                 validate_space(each.space)
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._latencies_ms: dict[str, float] = {}
+        self._transfers = Transfers() if transfer else None
+        self._served: dict[str, int] = {}  # when each category was served last, in trials
         self._running = 0
         self._cut_short: deque[TrialRecord] = deque()
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
         known = [record for record in earlier if record.stage == "search"]
-        num_known = {c.category: sum(r.category == c.category for r in known) for c in categories}
-        # a stream of its own for every attempt, lest it begins with suggestions that were tried
+        num_known = Counter(record.category for record in known)
         self._samplers = {
-            c.category: _seeded_sampler(search_seed, c.category, trials_per_category, num_known[c.category])
+            c.category: sampler(_attempt_seed(search_seed, num_known[c.category]), c.category, trials_per_category)
             for c in categories
         }
         self._storage = InMemoryStorage()
@@ -153,9 +193,13 @@ class MultiplexSearcher(Searcher):
         """One trial, by Tune's id."""
         return self._records[trial_id]
 
+    def origin(self, trial_id: str) -> None:
+        """A trial's own record is all it takes to suggest it again."""
+
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
-        return len(self._by_category[category]) if category in self._exhausted else self._budget
+        ended = self.ended_by is not None or category in self._exhausted
+        return len(self._by_category[category]) if ended else self._budget
 
     @property
     def done(self) -> bool:
@@ -163,6 +207,10 @@ class MultiplexSearcher(Searcher):
         return all(
             sum(r.state != "running" for r in self._by_category[c]) >= self.expected_trials(c) for c in self._categories
         )
+
+    def identity(self, category: str, config: Mapping[str, Any]) -> str:
+        """Identity of the trial that trains with a flat configuration on a category."""
+        return self._categories[category].identity(config)
 
     def study(self, category: str) -> optuna.Study:
         """The category's Optuna study."""
@@ -172,6 +220,11 @@ class MultiplexSearcher(Searcher):
         """Objective by epoch of one trial; empty if the trial is unknown."""
         record = self._records.get(trial_id)
         return dict(record.objectives) if record else {}
+
+    def recorded_metrics(self, trial_id: str) -> Mapping[str, Any]:
+        """The last report of one trial; empty if the trial is unknown."""
+        record = self._records.get(trial_id)
+        return record.metrics if record else {}
 
     # What Tune calls.
 
@@ -185,13 +238,16 @@ class MultiplexSearcher(Searcher):
         """The next trial; None while the concurrency limit is reached; ``FINISHED`` once all budgets are used."""
         if self._max_concurrent is not None and self._running >= self._max_concurrent:
             return None
-        if self._cut_short:
+        if self._cut_short and self.ended_by is None:
             return self._start(self._again(self._cut_short.popleft(), trial_id))
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if not open_:
+            if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
-            category = min(open_, key=lambda c: len(self._by_category[c]))
+            if self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
+                return str(Searcher.FINISHED)
+            category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
             if record is not None:
                 self._by_category[category].append(record)
@@ -223,6 +279,19 @@ class MultiplexSearcher(Searcher):
         else:
             self._finish(record, *conclude(record))
 
+    def end(self, reason: str) -> None:
+        """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        running = [record for record in self._records.values() if record.state == "running"]
+        for record in running:
+            self._finish(record, "stopped")
+        while self._cut_short:  # of an earlier driver, and not begun again
+            self._cut_short.popleft().state = "stopped"
+        self._close(reason, f" and stopped {len(running)} that still ran" if running else "")
+
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
         self._records[trial_id].failure = reason
@@ -248,7 +317,7 @@ class MultiplexSearcher(Searcher):
         study = optuna.create_study(
             study_name=self._study_name(category.category),
             storage=self._storage,
-            direction="maximize",
+            directions=["maximize"] if self._against == "none" else ["maximize", "minimize"],
             sampler=self._samplers[category.category],
             pruner=optuna.pruners.NopPruner(),
         )
@@ -265,21 +334,25 @@ class MultiplexSearcher(Searcher):
             return
         self._records[record.trial_id] = record
         record.number = self._ask_again(record)
-        self._tell(record)
-        self._show(record)
+        self._note_latency(record)
+        self._enter(record)
 
     def _start(self, record: TrialRecord) -> dict[str, Any]:
         """Enter a trial that is about to run; returns its suggestion."""
+        record.tags = {**self._categories[record.category].tags(record.config), "suggested_by": record.suggested_by}
         self._records[record.trial_id] = record
+        self._served[record.category] = len(self._records)
         self._running += 1
         self._show(record)
-        suggestion = {
+        return {
             "trial_key": record.trial_key,
             "category": record.category,
             "index": record.index,
             "config": dict(record.config),
+            "tags": dict(record.tags),
+            **self._known_latency(record),
+            **({} if record.checkpoint is None else {"resume_from": record.checkpoint}),
         }
-        return suggestion if record.checkpoint is None else suggestion | {"resume_from": record.checkpoint}
 
     def _again(self, record: TrialRecord, trial_id: str) -> TrialRecord:
         record.trial_id, record.number = trial_id, self._ask_again(record)
@@ -291,7 +364,12 @@ class MultiplexSearcher(Searcher):
         study = self._studies[record.category]
         study.enqueue_trial(
             _encode(self._categories[record.category].space, record.config),
-            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
+            user_attrs={
+                "trial_key": record.trial_key,
+                "params": record.params,
+                "index": record.index,
+                "suggested_by": record.suggested_by,
+            },
         )
         return self._draw(record.category)[0].number
 
@@ -304,6 +382,17 @@ class MultiplexSearcher(Searcher):
         study_id = self._storage.get_study_id_from_name(self._study_name(record.category))
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
 
+    def _close(self, reason: str, more: str = "") -> None:
+        """Start no further trial, and say so."""
+        total = self._budget * len(self._categories)
+        self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+        self.notices.append(self.ended_by)
+
+    def _turn(self, category: str) -> tuple[int, int]:
+        """The category with the least is next."""
+        started = self._by_category[category]
+        return len(started), -self._served.get(category, 0) if self._reuse_features else 0
+
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])
 
@@ -313,11 +402,13 @@ class MultiplexSearcher(Searcher):
         earlier = {r.trial_key: r for r in self._by_category[category]}
         used = {r.index for r in earlier.values()}
         index = next(i for i in itertools.count() if i not in used)
-        if index == 0:
-            study.enqueue_trial(_encode(search.space, search.base))
+        start = self._planned(category, index)
+        if start is not None:
+            settings = _encode(search.space, {**search.base, **start.params})
+            study.enqueue_trial(settings, user_attrs={"suggested_by": start.suggested_by})
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
-            config = {**search.base, **params}
+            config = search.config(params)
             key = search.identity(config)
             asked.set_user_attr("trial_key", key)
             asked.set_user_attr("params", params)
@@ -332,9 +423,25 @@ class MultiplexSearcher(Searcher):
                     max_epochs=int(config["train.epochs"]),
                     config=config,
                     params=params,
+                    suggested_by=asked.user_attrs.get("suggested_by", "sampler"),
                 )
             asked.set_user_attr("duplicate_of", earlier[key].number)
             self._tell(dataclasses.replace(earlier[key], number=asked.number))
+        return None
+
+    def _planned(self, category: str, index: int) -> Start | None:
+        """What the category's trial ``index`` is without asking the sampler."""
+        search, records = self._categories[category], self._by_category[category]
+        planned = (Start({}, "default"), *search.starts)
+        if index < len(planned):
+            return planned[index]
+        transferred = sum(r.suggested_by == "transfer" for r in records)
+        if self._transfers is None or not transfer_is_due(self._budget, started=len(records), transferred=transferred):
+            return None
+        tried = {r.trial_key for r in records}
+        for params in self._transfers.ranked(search.space, search.base, besides=category):
+            if search.identity(search.config(params)) not in tried:
+                return Start(params, "transfer")
         return None
 
     def _draw(self, category: str) -> tuple[optuna.Trial, dict[str, Any]]:
@@ -344,8 +451,16 @@ class MultiplexSearcher(Searcher):
         params: dict[str, Any] = {}
         for key, axis in search.space.items():
             if applies(axis, {**search.base, **params}):
-                params[key] = _suggest(asked, key, axis)
+                if isinstance(axis, Follows):
+                    params[key] = as_plain(axis.value_for({**search.base, **params}))
+                else:
+                    params[key] = _suggest(asked, key, axis)
         return asked, params
+
+    def _known_latency(self, record: TrialRecord) -> dict[str, float]:
+        """What another trial has measured of a network of the same shape."""
+        key = shape_key(record.config)
+        return {"latency_ms": self._latencies_ms[key]} if key in self._latencies_ms else {}
 
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
@@ -355,14 +470,27 @@ class MultiplexSearcher(Searcher):
             return
         record.epoch = int(epoch)
         record.metrics = dict(result)
+        self._note_latency(record)
         if result.get("objective") is not None:
             record.objectives[record.epoch] = float(result["objective"])
 
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
         self._running -= 1
+        self._enter(record)
+
+    def _enter(self, record: TrialRecord) -> None:
+        """Have everybody learn of a trial that has ended."""
         self._tell(record)
         self._show(record)
+        if record.state == "complete" and record.feasible and self._transfers is not None:
+            assert record.objective is not None
+            self._transfers.note(record.category, record.config, record.objective, is_default=record.index == 0)
+
+    def _note_latency(self, record: TrialRecord) -> None:
+        if "latency_ms" in record.metrics:
+            known = self._latencies_ms.setdefault(shape_key(record.config), float(record.metrics["latency_ms"]))
+            record.metrics["latency_ms"] = known  # trials that measured one shape at the same time
 
     def _tell(self, record: TrialRecord) -> None:
         """Bring a finished record, its intermediate values included, into its study.
@@ -371,11 +499,19 @@ class MultiplexSearcher(Searcher):
         epoch, so the sampler learns to keep away, whereas it ignores what is told as FAIL.
         """
         study, trial_id = self._studies[record.category], self._id_of(record)
+        for bound, excess in excesses(record.metrics).items():
+            # what Trial.set_constraint does; making a Trial of a number would draw from the sampler
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{bound}", excess)
         for epoch, objective in sorted(record.objectives.items()):
             value = objective if math.isfinite(objective) else math.nan
-            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            if self._against == "none":
+                self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            else:  # TPE ranks pruned trials that have intermediate values by a study's one direction, or fails
+                self._storage.set_trial_user_attr(trial_id, f"objective at epoch {epoch}", value)
         if record.state == "complete":
-            study.tell(record.number, record.objective)
+            assert record.objective is not None
+            cost = [] if self._against == "none" else [trial_cost(record.metrics, self._against)]
+            study.tell(record.number, [record.objective, *cost])
         elif record.state == "pruned" or any(not math.isfinite(o) for o in record.objectives.values()):
             study.tell(record.number, state=TrialState.PRUNED)
         else:
@@ -388,36 +524,37 @@ class MultiplexSearcher(Searcher):
         self._show(record)
 
 
-def _seeded_sampler(search_seed: int, category: str, budget: int, num_known: int) -> TPESampler:
-    seed = int(digest([search_seed, category, *([num_known] if num_known else [])])[:8], 16)
-    # Optuna's ten random trials before it models anything would be the whole of a small budget.
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
+def _attempt_seed(search_seed: int, num_known: int) -> int:
+    """Of a sampler that begins with so many trials there: a stream of its own, lest it repeats what was tried."""
+    return search_seed if num_known == 0 else int(digest([search_seed, num_known])[:8], 16)
 
 
 def _index_name(key: str) -> str:
     return f"{key}[index]"
 
 
-def _suggest(asked: optuna.Trial, key: str, axis: Axis) -> Any:
+def _suggest(asked: optuna.Trial, key: str, axis: FloatRange | IntRange | Choice) -> Any:
     """One value; ordered choices are drawn as positions, so that the sampler knows which values are neighbours."""
     if isinstance(axis, FloatRange):
         return asked.suggest_float(key, axis.low, axis.high, log=axis.log)
+    if isinstance(axis, IntRange):
+        return asked.suggest_int(key, axis.low, axis.high, step=axis.step, log=axis.log)
     if axis.ordered:
         position = asked.suggest_int(_index_name(key), 0, len(axis.values) - 1)
     else:
         position = asked.suggest_categorical(_index_name(key), range(len(axis.values)))
-    value = axis.values[position]
-    return list(value) if isinstance(value, tuple) else value
+    return as_plain(axis.values[position])
 
 
 def _encode(space: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
     for key, axis in space.items():
-        if not applies(axis, config):
+        if isinstance(axis, Follows) or not applies(axis, config):
             continue
         if isinstance(axis, FloatRange):
             encoded[key] = float(config[key])
+        elif isinstance(axis, IntRange):
+            encoded[key] = int(config[key])
         else:
-            value = config[key]
-            encoded[_index_name(key)] = axis.values.index(tuple(value) if isinstance(value, list) else value)
+            encoded[_index_name(key)] = axis.values.index(as_value(config[key]))
     return encoded

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 import logging
 import os
 import secrets
@@ -17,42 +18,55 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-from ssn.config import ModelConfig, flatten
-from ssn.data.reader import SearchData, list_categories, open_search_data, open_test_data
-from ssn.data.sampling import attainable_ratios
+from ssn.config import unflatten
+from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.storage import join_uri
 from ssn.errors import SSNError
-from tuning.capacity import check_fits, cluster_capacity, use_gpu
+from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
+from tuning.costs import check_against, describe_pick
+from tuning.feature_groups import category_spaces, models_of
+from tuning.feature_sizes import MapSizes, size_feature_groups
+from tuning.incumbent import yardstick
 from tuning.interrupt import StopFlag, terminate_as_interrupt
 from tuning.ledger import STUDIES_FILE, SweepLedger
 from tuning.objective import TrialContext, check_objective, check_protocol
-from tuning.report import Leaderboard
-from tuning.resume import check_unchanged, close_runs, describe_sweep, read_earlier, resume_command
-from tuning.scheduler import rung_epochs
+from tuning.report import Leaderboard, count_infeasible
+from tuning.resume import check_unchanged, close_runs, count_trials, describe_sweep, read_earlier, resume_command
 from tuning.settings import SweepSettings
-from tuning.space import resolve_space
+from tuning.space import CategorySpace
+from tuning.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
 from tuning.sweep_lock import SweepLock
-from tuning.sweep_result import CategoryResult, ChampionScore, SweepResult, leaderboard_row, parent_summary
-from tuning.tracking.protocol import count_scores
-from tuning.train_worker import Placement, weights_key
-from tuning.tune_run import open_storage, run_tune
+from tuning.sweep_result import (
+    CategoryResult,
+    SweepResult,
+    describe_decision,
+    describe_search,
+    leaderboard_row,
+    parent_summary,
+)
+from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S
+from tuning.train_worker import Placement
+from tuning.tune_run import SharedFeatures, feature_budget_bytes, open_storage, run_tune, share_features
+from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
     from rich.console import Console
 
-    from ssn.checkpoint import Checkpoint
-    from ssn.data.reader import TestData
     from tuning.benchmark_plan import BenchmarkSettings
-    from tuning.champions import ChampionVersion
+    from tuning.budget_stopper import BudgetStopper
+    from tuning.finalists import FinalistRun, Finals, Selection
+    from tuning.fixed_runs import FixedRuns
+    from tuning.progress import ProgressCallback
     from tuning.resume import ResumedSweep
     from tuning.search import MultiplexSearcher
-    from tuning.study_database import StudyDatabase
+    from tuning.shared import SharedSearcher
+    from tuning.shared_report import SharedComparison
     from tuning.tracking.protocol import Sweep
+    from tuning.warm_start import Start
     from tuning.winner import TrialRecord
-
-T = TypeVar("T")
 
 RAY_FOLDER = "ray"
 """Where Ray keeps checkpoints and its own state, below the sweep's folder."""
@@ -102,8 +116,10 @@ def sweep(
     """
     import optuna
 
-    from tuning.tracking import MLflowTracker
+    from tuning.budget_stopper import BudgetStopper
+    from tuning.tracking import MLflowTracker, Outbox
     from tuning.tracking.environment import environment_tags
+    from tuning.tracking.outbox import outbox_folder
 
     started_s = time.monotonic()
     console = console or open_stderr()
@@ -112,13 +128,15 @@ def sweep(
     for search_data in data.values():
         check_protocol(search_data.info)
         check_objective(settings.objective, search_data.info)
+    check_overrides(settings, data_uri, dataset)
+    spaces = category_spaces(settings, {name: search_data.info for name, search_data in data.items()})
+    check_against(settings.objective, {key for space in spaces.values() for key in space.axes})
     data_uri = data_uri if "://" in data_uri else str(Path(data_uri).absolute())
     check_lasting(out, tracking_uri)
-    tracker = MLflowTracker(tracking_uri)
-    tracker.check()
+    store = MLflowTracker(tracking_uri, persistent=False)
+    store.check()
     if resumed is not None:
-        resumed.check_tracker(tracker)
-
+        resumed.check_tracker(store)
     sweep_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     ledger = SweepLedger.open(out, sweep_id) if resumed is None else resumed.ledger
     with contextlib.ExitStack() as held:
@@ -127,37 +145,43 @@ def sweep(
             held.enter_context(lock)  # before Ray takes its seconds
         connect_ray()
         placement = place(settings)
-        # the digest is part of every trial's identity; a hub that cannot be reached is found out before a trial starts
-        weights_digest = load_weights_digest(settings.model)
+        check_budget(settings, placement)
+        # digests are part of trials' identities; a hub that cannot be reached is found out before a trial starts
+        weights_digests = load_weights_digests(model for space in spaces.values() for model in models_of(space))
         run = _Run(
             settings=settings,
             dataset=dataset,
             data_uri=data_uri,
             data=data,
-            weights_digest=weights_digest,
+            spaces=spaces,
+            weights_digests=weights_digests,
+            features_fit=check_features(spaces, data),
             placement=placement,
+            stopper=BudgetStopper(settings.budget(), gpus_per_trial=placement.gpus_per_trial),
             out=out,
             ledger=ledger,
             tags=environment_tags(),
         )
+        described = run.describe(store.tracking_uri)
+        earlier: list[TrialRecord] = []
         if resumed is None:
             held.enter_context(lock)
-            ledger.create(run.describe(tracker.tracking_uri))
-            earlier: list[TrialRecord] = []
+            ledger.create(described)
         else:
-            for line in check_unchanged(ledger.sweep_id, resumed.description, run.describe(tracker.tracking_uri)):
+            for line in check_unchanged(ledger.sweep_id, resumed.description, described):
                 notify(f"note: {line}")
             earlier = read_earlier(ledger, retry_failed=resumed.retry_failed)
             for path in ledger.files.damaged:
                 notify(f"note: {path} is damaged or of another version; its trial is done again")
-            states = [record.state for record in earlier]
-            notify(
-                f"going on with sweep {ledger.sweep_id}: {len(states) - states.count('running')} trials have ended, "
-                f"{states.count('running')} were cut short"
-            )
+            notify(f"going on with sweep {ledger.sweep_id}: {count_trials(earlier)}")
+        tracker = Outbox(store, outbox_folder(out, ledger.sweep_id))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        starts, found = run.starts(tracker)
+        notices = list(dict.fromkeys([*(notice for space in spaces.values() for notice in space.notices), *found]))
+        for notice in notices:
+            notify(f"note: {notice}")
         with terminate_as_interrupt():
-            leaderboard, results = run.execute(earlier, tracker, console)
+            leaderboard, results, comparison = run.execute(earlier, starts, notices, tracker, console)
     failures = [
         result.failure if result.failure.startswith(result.category) else f"{result.category}: {result.failure}"
         for result in results
@@ -167,7 +191,7 @@ def sweep(
         raise SSNError(failures[0])
     for failure in failures:
         console.print(f"warning: {failure}", highlight=False, markup=False)
-    return SweepResult(leaderboard, results, time.monotonic() - started_s)
+    return SweepResult(leaderboard, results, time.monotonic() - started_s, comparison)
 
 
 def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | None) -> dict[str, SearchData]:
@@ -182,11 +206,25 @@ def open_categories(data_uri: str, dataset: str, categories: Sequence[str] | Non
             f"no category of {dataset} at {data_uri}; ingest it first (ssn ingest {dataset} --out {data_uri})"
         )
     for name in categories or ():
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"
-            raise SSNError(f"{dataset} at {data_uri} has no category {name!r}{hint}")
+        _check_category(name, there, f"{dataset} at {data_uri} has no category {name!r}")
     return {name: open_search_data(data_uri, dataset, name) for name in dict.fromkeys(categories or there)}
+
+
+def check_overrides(settings: SweepSettings, data_uri: str, dataset: str) -> None:
+    """Refuse a search space of its own for a category that is not there.
+
+    Raises:
+        SSNError: naming the nearest one that is.
+    """
+    there = list_categories(data_uri, dataset)
+    for name in settings.search.categories:
+        _check_category(name, there, f"search.categories.{name}: {dataset} at {data_uri} has no such category")
+
+
+def _check_category(name: str, there: Sequence[str], problem: str) -> None:
+    if name not in there:
+        near = difflib.get_close_matches(name, there, n=1)
+        raise SSNError(problem + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(there)}"))
 
 
 def check_lasting(out: Path | str, tracking_uri: str) -> None:
@@ -242,13 +280,17 @@ def connect_ray() -> None:
                 raise SSNError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}") from error
 
 
-def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
+def place(settings: SweepSettings | BenchmarkSettings, capacity: Capacity | None = None) -> Placement:
     """Decide where trials run, and refuse at once what the cluster can never hold.
 
+    Args:
+        settings: What trials ask for.
+        capacity: Of the cluster; None: of the connected one.
+
     Raises:
-        SSNError: see :func:`tuning.capacity.check_fits`; also more than one worker per trial.
+        SSNError: see :func:`tuning.capacity.check_fits`; also workers of one trial that would share a GPU.
     """
-    capacity = cluster_capacity()
+    capacity = capacity or cluster_capacity()
     wanted = settings.resources
     gpu = use_gpu(wanted.use_gpu, capacity)
     num_workers = (1 if gpu else 0) if wanted.num_workers is None else wanted.num_workers
@@ -257,13 +299,39 @@ def place(settings: SweepSettings | BenchmarkSettings) -> Placement:
         use_gpu=gpu,
         cpus=wanted.cpus_per_worker,
         gpus=wanted.gpus_per_worker if gpu else 0.0,
+        memory_bytes=round(1e9 * (wanted.memory_gb_per_worker or 0)),
     )
     check_fits(capacity, num_workers=num_workers, per_worker=placement.per_worker)
-    if num_workers > 1:
+    if num_workers > 1 and gpu and wanted.gpus_per_worker < 1:
         raise SSNError(
-            f"resources.num_workers is {num_workers}, but a trial trains on one worker in this release; use 0 or 1"
+            f"resources.gpus_per_worker is {wanted.gpus_per_worker:g}, but the {num_workers} workers of a trial need a "
+            "GPU each (nccl); use 1, or a single worker"
         )
     return placement
+
+
+def check_features(spaces: Mapping[str, CategorySpace], data: Mapping[str, SearchData]) -> bool:
+    """Whether the connected cluster has memory for all features that trials may want.
+
+    Raises:
+        SSNError: a backbone cannot be built.
+    """
+    measure, budget_bytes = MapSizes(), feature_budget_bytes()
+    return budget_bytes >= sum(
+        group.num_bytes
+        for name, space in spaces.items()
+        for group in size_feature_groups(space, data[name].info, measure, budget_bytes=budget_bytes)
+    )
+
+
+def check_budget(settings: SweepSettings, placement: Placement) -> None:
+    """Refuse a budget that nothing would ever be counted against.
+
+    Raises:
+        SSNError: GPU hours are limited where trials hold no GPU.
+    """
+    if settings.search.max_gpu_hours is not None and not placement.use_gpu:
+        raise SSNError("search.max_gpu_hours is set, but trials run on CPUs here; limit search.time_budget instead")
 
 
 @dataclass(frozen=True)
@@ -274,8 +342,13 @@ class _Run:
     dataset: str
     data_uri: str
     data: Mapping[str, SearchData]
-    weights_digest: str
+    spaces: Mapping[str, CategorySpace]
+    weights_digests: Mapping[str, str]
+    features_fit: bool
+    """Whether the cluster has memory for the features of all categories at once."""
     placement: Placement
+    stopper: BudgetStopper
+    """Of the search and of its finalists."""
     out: Path | str
     ledger: SweepLedger
     tags: Mapping[str, str]
@@ -293,98 +366,153 @@ class _Run:
             data_uri=self.data_uri,
             data=self.data,
             tracking_uri=tracking_uri,
-            weights_digest=self.weights_digest,
+            weights_digests=self.weights_digests,
             code=code | {key: value for key, value in self.tags.items() if key.startswith("version_")},
         )
 
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        search = self.settings.search
-        return rung_epochs(self.settings.train.epochs, self.settings.grace_epochs(), search.eta)
+    def starts(self, tracker: Any) -> tuple[dict[str, tuple[Start, ...]], list[str]]:
+        """What each category tries before the sampler is asked, and what to tell the user about it."""
+        from tuning.champions import find_champion
+        from tuning.warm_start import plan_starts, read_transfers
 
-    def searcher(
-        self, earlier: Sequence[TrialRecord], database: StudyDatabase | None
-    ) -> tuple[MultiplexSearcher, list[str]]:
-        from tuning.search import CategorySearch, MultiplexSearcher
-
-        base, space, notices = flatten(self.settings.config().resolved()), self.settings.space(), []
-        searches = []
+        search, earlier = self.settings.search, None
+        if search.shared:
+            return dict.fromkeys(self.data, ()), []
+        if search.transfer:
+            split_seeds = {name: data.info.split_seed for name, data in self.data.items()}
+            earlier = read_transfers(tracker.find_runs(self.dataset), split_seeds)
+        starts, notices = {}, []
         for name, data in self.data.items():
-            pool = data.info.counts["pool"]
-            axes, found = resolve_space(
-                space,
-                category=name,
-                base=base,
-                attainable=attainable_ratios(pool.masks),
-                num_defective=pool.defective,
+            find = functools.partial(find_champion, tracker.tracking_uri, self.dataset, name)
+            starts[name], found = plan_starts(
+                data.info,
+                self.spaces[name],
+                trials_per_category=search.trials,
+                find=find if search.warm_start else None,
+                earlier=earlier,
             )
             notices += found
-            searches.append(
-                CategorySearch(
-                    category=name,
-                    base=base,
-                    space=axes,
-                    search_fingerprint=data.info.search_fingerprint,
-                    weights_digest=self.weights_digest,
-                    split_seed=data.info.split_seed,
-                )
+        return starts, notices
+
+    def searcher(
+        self,
+        starts: Mapping[str, tuple[Start, ...]],
+        earlier: Sequence[TrialRecord],
+        database: StudyDatabase | None,
+    ) -> MultiplexSearcher | SharedSearcher:
+        from tuning.search import CategorySearch, MultiplexSearcher
+
+        search = self.settings.search
+        categories = [
+            CategorySearch(
+                category=name,
+                base=self.spaces[name].base,
+                space=self.spaces[name].axes,
+                search_fingerprint=data.info.search_fingerprint,
+                weights_digests={
+                    key: self.weights_digests[key] for key in map(weights_key, models_of(self.spaces[name]))
+                },
+                split_seed=data.info.split_seed,
+                starts=starts[name],
             )
-        searcher = MultiplexSearcher(
-            searches,
+            for name, data in self.data.items()
+        ]
+        if search.shared:
+            from tuning.shared import make_shared_searcher
+
+            return make_shared_searcher(
+                categories,
+                pools={name: data.info.counts["pool"] for name, data in self.data.items()},
+                sweep_id=self.sweep_id,
+                num_configurations=search.trials,
+                search_seed=search.seed,
+                eta=search.eta,
+                max_trials=search.max_trials,
+                earlier=earlier,
+                database=database,
+            )
+        return MultiplexSearcher(
+            categories,
             sweep_id=self.sweep_id,
-            trials_per_category=self.settings.search.trials,
-            search_seed=self.settings.search.seed,
+            trials_per_category=search.trials,
+            search_seed=search.seed,
+            transfer=search.transfer,
+            against=self.settings.objective.against,
+            max_trials=search.max_trials,
+            reuse_features=not self.features_fit,
             earlier=earlier,
             database=database,
         )
-        return searcher, notices
 
     def open_database(self, notify: Callable[[str], None]) -> StudyDatabase | None:
         """Where the studies are shown; None: nowhere."""
-        from tuning.study_database import StudyDatabase
-
         url = self.settings.search.storage
         if url is None and self.ledger.files.is_local:
             url = f"sqlite:///{self.ledger.files.path(STUDIES_FILE)}"
         return None if url is None else StudyDatabase(url, notify=notify)
 
     def execute(
-        self, earlier: Sequence[TrialRecord], tracker: Any, console: Console
-    ) -> tuple[Leaderboard, list[CategoryResult]]:
+        self,
+        earlier: Sequence[TrialRecord],
+        starts: Mapping[str, tuple[Start, ...]],
+        notices: Sequence[str],
+        tracker: Any,
+        console: Console,
+    ) -> tuple[Leaderboard, list[CategoryResult], SharedComparison | None]:
         """Search, crown and report; however it ends, no run is left open.
 
         Args:
             earlier: Trials that there are already.
+            starts: What each category tries first.
+            notices: For the leaderboard.
             tracker: Where runs go.
             console: For notices.
         """
-        notify = functools.partial(console.print, highlight=False, markup=False)
-        from tuning.study_database import INTERRUPT_TIMEOUT_S
+        from tuning.crown import Crowning
 
+        notify = functools.partial(console.print, highlight=False, markup=False)
         database = self.open_database(notify)
-        searcher, notices = self.searcher(earlier, database)
-        for notice in notices:
-            notify(f"note: {notice}")
+        searcher = self.searcher(starts, earlier, database)
         sweep_tags = self.tracked(tracker)
         status = "FAILED"
         try:
             for line in close_runs(tracker, sweep_tags, self.ledger, earlier, open_storage(self.out)[1]):
                 notify(f"warning: {line}")
-            if not searcher.done:
-                self.search(searcher, tracker, sweep_tags)
+            for record in earlier:
+                self.stopper(record.trial_id, record.metrics)  # GPU hours that earlier drivers have spent
+            features = share_features(self.sweep_id)
+            self.search(searcher, tracker, sweep_tags, features)
             if not searcher.done:
                 raise KeyboardInterrupt
             if database is not None:
                 database.close()
                 database = None
-            results = self.crown(searcher, tracker, sweep_tags, console)
-            leaderboard = _leaderboard(self, results, [*notices, *searcher.notices], tracker.tracking_uri)
-            self.log_leaderboard(tracker, sweep_tags, leaderboard, results)
+            finals = self.try_finalists(searcher, earlier, tracker, sweep_tags, features)
+            features.end()
+            crowning = Crowning(
+                settings=self.settings,
+                dataset=self.dataset,
+                data_uri=self.data_uri,
+                data=self.data,
+                placement=self.placement,
+                ledger=self.ledger,
+                tracker=tracker,
+                console=console,
+            )
+            results = crowning.crown(
+                {name: searcher.records(name) for name in self.data},
+                finals.records,
+                functools.partial(self.select, searcher, finals),
+            )
+            notes = [*notices, *searcher.notices, *filter(None, [finals.ended_by])]
+            leaderboard = _leaderboard(self, results, notes, tracker.tracking_uri)
+            comparison = self.compare(tracker, results)
+            ended_by = [text for text in (searcher.ended_by, finals.ended_by) if text is not None]
+            self.log_leaderboard(tracker, leaderboard, results, comparison, ended_by)
             status = "FINISHED" if any(result.champion for result in results) else "FAILED"
         except KeyboardInterrupt:
             status = "KILLED"
-            num_ended = sum(record.state != "running" for record in searcher.records())
-            notify(f"interrupted; {num_ended} trials have ended, and none of them is lost")
+            notify(f"interrupted; {count_trials(self.ledger.read_trials())}, and nothing is lost")
             notify(f"to go on: {resume_command(self.sweep_id, self.out)}")
             raise
         except Exception:
@@ -394,7 +522,8 @@ class _Run:
             if database is not None:
                 database.close(INTERRUPT_TIMEOUT_S)
             tracker.finish_sweep(sweep_tags, status)
-        return leaderboard, results
+            tracker.close(STOP_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S)
+        return leaderboard, results, comparison
 
     def tracked(self, tracker: Any) -> Sweep:
         from tuning.tracking import Sweep
@@ -407,8 +536,8 @@ class _Run:
                     "search_fingerprint": data.info.search_fingerprint,
                     "test_fingerprint": data.info.test_fingerprint,
                     "split_seed": str(data.info.split_seed),
-                    "backbone": self.settings.model.backbone,
-                    "backbone_digest": self.weights_digest,
+                    "backbone": self.spaces[name].base["model.backbone"],
+                    "backbone_digest": self.weights_digests[weights_key(unflatten(self.spaces[name].base).model)],
                     "data_uri": self.data_uri,
                 }
                 for name, data in self.data.items()
@@ -418,137 +547,167 @@ class _Run:
         tracker.start_sweep(described)
         return described
 
-    def search(self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep) -> None:
-        """Run Tune to the end, or until it is interrupted."""
-        from tuning.ledger_callback import LedgerCallback
+    def search(
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> None:
+        """Run Tune to the end, or until it is interrupted or a budget is spent, now or before a resume."""
+        from ray.tune.schedulers import FIFOScheduler
+
         from tuning.progress import ProgressCallback
         from tuning.scheduler import MultiplexScheduler
+        from tuning.shared import SharedSearcher
 
-        settings, stop = self.settings, StopFlag()
-        storage = open_storage(join_uri(self.ledger.files.root_uri, RAY_FOLDER))
-        scheduler = MultiplexScheduler(
-            max_epochs=settings.train.epochs,
-            grace=settings.grace_epochs(),
-            eta=settings.search.eta,
-            history=searcher,
+        ended_by = self.ledger.read_end("search")
+        if ended_by is None and not searcher.done:
+            scheduler: TrialScheduler
+            if isinstance(searcher, SharedSearcher):
+                scheduler = FIFOScheduler()  # whole trials count, and configurations are dropped between them
+            else:
+                scheduler = MultiplexScheduler(
+                    self.settings.rungs(), against=self.settings.objective.against, history=searcher
+                )
+                scheduler.enter_earlier(searcher.records())
+            self.tune(searcher, scheduler, ProgressCallback(searcher), tracker, sweep_tags, features)
+            ended_by = self.stopper.ended_by
+            if ended_by is not None:
+                self.ledger.write_end("search", ended_by)
+        if ended_by is not None:
+            self.stopper.ended_by = ended_by
+            if not searcher.done:
+                searcher.end(ended_by)
+
+    def try_finalists(
+        self,
+        searcher: MultiplexSearcher | SharedSearcher,
+        earlier: Sequence[TrialRecord],
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> Finals:
+        """Train each category's best trials with more seeds; nothing is pruned.
+
+        Raises:
+            KeyboardInterrupt: some did not run to their end.
+        """
+        from ray.tune.schedulers import FIFOScheduler
+
+        from tuning.finalists import FinalistRun, Finals, plan_finalists
+        from tuning.fixed_runs import FixedRuns
+        from tuning.progress import ProgressCallback
+        from tuning.shared import SharedSearcher, plan_shared_finalists
+        from tuning.tracking.protocol import FINALIST_STAGE
+        from tuning.winner import rank_trials
+
+        finalists = self.settings.finalists
+        if isinstance(searcher, SharedSearcher):
+            planned = plan_shared_finalists(searcher, finalists)
+        else:
+            planned = {
+                name: plan_finalists(
+                    rank_trials(self.candidates(searcher, name)), finalists, functools.partial(searcher.identity, name)
+                )
+                for name in self.data
+            }
+        todo = [run for runs in planned.values() for run in runs]
+        if not todo:
+            return Finals(planned)
+        if self.stopper.ended_by is not None:
+            return Finals(
+                dict.fromkeys(self.data, ()), ended_by=f"{self.stopper.ended_by} left no finalist further seeds"
+            )
+        runs = FixedRuns(
+            todo, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags, earlier=earlier
         )
-        scheduler.enter_earlier(searcher.records())
+        ended_by = self.ledger.read_end(FINALIST_STAGE)
+        if ended_by is None and not runs.done:
+            self.tune(runs, FIFOScheduler(), ProgressCallback(runs, ranked=False), tracker, sweep_tags, features)
+            ended_by = self.stopper.ended_by
+            if ended_by is not None:
+                self.ledger.write_end(FINALIST_STAGE, ended_by)
+        if not runs.done and ended_by is None:
+            raise KeyboardInterrupt
+        if not runs.done:
+            runs.end(f"{ended_by} ended the finalists' further runs")
+        return Finals(planned, {name: runs.records(name) for name in self.data}, runs.ended_by)
+
+    def select(self, searcher: MultiplexSearcher | SharedSearcher, finals: Finals, name: str) -> Selection:
+        """A category's winner, or its run of the configuration that wins for all."""
+        from tuning.finalists import select_finalist
+        from tuning.shared import SharedSearcher, select_shared
+
+        if isinstance(searcher, SharedSearcher):
+            return select_shared(searcher, self.settings.finalists, finals.planned, finals.records)[name]
+        trials = self.candidates(searcher, name)
+        return select_finalist(trials, finals.planned[name], finals.records.get(name, ()))
+
+    def candidates(self, searcher: MultiplexSearcher, name: str) -> list[TrialRecord]:
+        """The category's trials that may become its champion."""
+        from tuning.pareto import choose_candidates
+
+        return choose_candidates(searcher.records(name), self.settings.objective)
+
+    def tune(
+        self,
+        searcher: MultiplexSearcher | SharedSearcher | FixedRuns[FinalistRun],
+        scheduler: TrialScheduler,
+        progress: ProgressCallback,
+        tracker: Any,
+        sweep_tags: Sweep,
+        features: SharedFeatures,
+    ) -> None:
+        """One Tune run of the sweep."""
+        from tuning.ledger_callback import LedgerCallback
+
+        stop = StopFlag()
+        storage = open_storage(join_uri(self.ledger.files.root_uri, RAY_FOLDER))
+        ledger = LedgerCallback(
+            tracker, sweep_tags, ledger=self.ledger, keeper=searcher, filesystem=storage[1], stop=stop
+        )
         run_tune(
             searcher,
             scheduler,
-            [
-                ProgressCallback(searcher),
-                LedgerCallback(
-                    tracker, sweep_tags, ledger=self.ledger, keeper=searcher, filesystem=storage[1], stop=stop
-                ),
-            ],
+            [progress, ledger],
             {
-                name: TrialContext(data=data, objective=settings.objective, rung_epochs=self.rungs)
+                name: TrialContext(data=data, objective=self.settings.objective, rungs=self.settings.rungs())
                 for name, data in self.data.items()
             },
             name=f"{self.sweep_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
             data_uri=self.data_uri,
-            weights_digests={weights_key(settings.model): self.weights_digest},
+            weights_digests=self.weights_digests,
             placement=self.placement,
             storage=storage,
-            concurrency=settings.search.max_concurrent,
+            concurrency=self.settings.search.max_concurrent,
             stop=stop,
+            stopper=self.stopper,
             num_to_keep=None,  # the ledger's callback removes them
+            features=features,
         )
 
-    def crown(
-        self, searcher: MultiplexSearcher, tracker: Any, sweep_tags: Sweep, console: Console
-    ) -> list[CategoryResult]:
-        """Choose, score and register each category's champion; several are scored at once."""
-        import ray
+    def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:
+        """A shared search's models with those that were tuned by category; None for any other search."""
+        from tuning.shared_report import compare_with_tuned
 
-        from tuning.champions import load_trial_model
-        from tuning.winner import select_winner
-
-        runs = {
-            (r.category, r.tags.get("trial_identity")): r.run_id
-            for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
-        }
-        device = "cuda" if self.placement.use_gpu else "cpu"
-        score = ray.remote(score_champion).options(
-            num_cpus=self.placement.cpus, num_gpus=self.placement.gpus if self.placement.use_gpu else 0
-        )
-
-        def start(name: str) -> tuple[TrialRecord, str, ray.ObjectRef | ChampionScore]:
-            winner = select_winner(searcher.records(name))
-            run_id = runs[name, winner.trial_key]
-            known = self.ledger.read_score(name, winner.trial_key)
-            if known is not None:
-                return winner, run_id, known
-            model = load_trial_model(run_id, tracker.tracking_uri)
-            test = open_test_data(self.data_uri, self.dataset, name)
-            return winner, run_id, score.remote(model, test, device, self.placement.cpus)
-
-        # what goes wrong with one category must not cost the others their champions
-        started = {name: _outcome(start, name) for name in self.data}
-        results = []
-        for name, outcome in started.items():
-            trials = searcher.records(name)
-            default = next((t for t in trials if t.index == 0), None)
-            if isinstance(outcome, str):
-                results.append(CategoryResult(name, None, default, trials, None, None, None, outcome))
-                continue
-            winner, run_id, pending = outcome
-            if isinstance(pending, ChampionScore):
-                scored: ChampionScore | str = pending
-            else:
-                console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
-                scored = _outcome(lambda ref: cast(ChampionScore, ray.get(ref)), pending)
-            if isinstance(scored, str):
-                results.append(CategoryResult(name, winner, default, trials, None, None, run_id, scored))
-                continue
-            self.ledger.write_score(name, winner.trial_key, scored)
-            champion = self.ledger.read_champion(name)
-            if champion is None:
-                champion = self._register(tracker, name, winner, run_id, scored, len(trials))
-                self.ledger.write_champion(name, champion)
-            results.append(CategoryResult(name, winner, default, trials, scored, champion, run_id))
-        return results
-
-    def _register(
-        self, tracker: Any, category: str, winner: TrialRecord, run_id: str, scored: ChampionScore, num_trials: int
-    ) -> ChampionVersion:
-        from tuning.champions import Decision, promote
-
-        info = self.data[category].info
-        runs = tracker.find_runs(self.dataset, category=category)
-        times = 1 + count_scores(runs, category=category, test_fingerprint=info.test_fingerprint, besides=run_id)
-        with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-            picture = Path(scratch, "test_cases.png")
-            picture.write_bytes(scored.picture)
-            tracker.log_summary(
-                run_id,
-                metrics={f"test_{name}": value for name, value in scored.metrics.items()},
-                tags={
-                    "test_split_scored_times": str(times),
-                    **{f"undefined_test_{name}": reason for name, reason in scored.undefined.items()},
-                },
-                files=[picture],
-                artifact_path="pictures",
-            )
-        assert winner.objective is not None
-        return promote(
-            run_id,
-            tracker.tracking_uri,
-            decision=Decision(
-                validation_objective=winner.objective,
-                num_trials=num_trials,
-                test_metrics=scored.metrics,
-                train_masks=int(winner.metrics.get("masks_used", 0)),
-                train_weak_labels=int(winner.metrics.get("weak_labels_used", 0)),
-                validation_labels=info.counts["validation"].defective,
-                validation_masks=info.counts["validation"].masks,
-                extra={"test_split_scored_times": str(times), "objective_metric": self.settings.objective.metric},
-            ),
+        if not self.settings.search.shared:
+            return None
+        return compare_with_tuned(
+            results,
+            tracker.find_runs(self.dataset),
+            dataset=self.dataset,
+            fingerprints={name: data.info.search_fingerprint for name, data in self.data.items()},
+            judged_by=yardstick(self.settings.objective, self.settings.eval),
         )
 
     def log_leaderboard(
-        self, tracker: Any, sweep_tags: Sweep, leaderboard: Leaderboard, results: Sequence[CategoryResult]
+        self,
+        tracker: Any,
+        leaderboard: Leaderboard,
+        results: Sequence[CategoryResult],
+        comparison: SharedComparison | None,
+        ended_by: Sequence[str],
     ) -> None:
         """Summarise each category in its parent run, and keep the whole table there."""
         parents = {
@@ -556,61 +715,60 @@ class _Run:
             for r in tracker.find_runs(self.dataset, sweep_id=self.sweep_id)
             if r.parent_run_id is None
         }
+        judged_by = yardstick(self.settings.objective, self.settings.eval)
         with tempfile.TemporaryDirectory(prefix="leaderboard-") as scratch:
-            table = Path(scratch, "leaderboard.md")
-            table.write_text(leaderboard.markdown())
+            tables = {"leaderboard.md": leaderboard.markdown()}
+            if comparison is not None:
+                tables["comparison.md"] = comparison.markdown()
+            for name, text in tables.items():
+                Path(scratch, name).write_text(text)
             for result in results:
                 metrics, tags = parent_summary(self.data[result.category], result)
-                tracker.log_summary(parents[result.category], metrics=metrics, tags=tags, files=[table])
+                tags |= {"ended_by": "; ".join(ended_by)} if ended_by else {}
+                decision = Path(scratch, result.category, "decision.json")
+                decision.parent.mkdir()
+                decision.write_text(json.dumps(describe_decision(result, self.settings), indent=2) + "\n")
+                tracker.log_summary(
+                    parents[result.category],
+                    metrics=metrics,
+                    tags={**judged_by, "searched": describe_search(self.settings), **tags},
+                    files=[
+                        *(Path(scratch, name) for name in tables),
+                        decision,
+                        *self.draw_front(result, Path(scratch)),
+                    ],
+                )
 
+    def draw_front(self, result: CategoryResult, scratch: Path) -> list[Path]:
+        """Files that show what a category's objective costs, if that was asked for."""
+        from tuning.pareto_chart import write_front
 
-def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float) -> ChampionScore:
-    """Score a winner on the test split; runs where a trial would."""
-    from ssn.bundle import find_backbone
-    from ssn.evaluation import evaluate_samples
-    from ssn.predictor import Predictor
-    from ssn.visualize import case_figure
-    from tuning.objective import use_threads
-
-    use_threads(cpus)
-    predictor = Predictor.from_checkpoint(model, find_backbone(model), device=device)
-    evaluation = evaluate_samples(predictor, test.stream(), keep_images=True)
-    with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-        picture = Path(scratch, "cases.png")
-        case_figure(evaluation.cases(), picture, title=f"{test.info.dataset}: {test.info.category}, test split")
-        return ChampionScore(
-            metrics=evaluation.metrics.values,
-            undefined=evaluation.metrics.undefined,
-            num_images=len(evaluation.ids),
-            num_defective=int(evaluation.labels.sum()),
-            picture=picture.read_bytes(),
+        objective, counts = self.settings.objective, self.data[result.category].info.counts["validation"]
+        if objective.against == "none":
+            return []
+        return write_front(
+            Path(tempfile.mkdtemp(dir=scratch)),
+            result.trials,
+            None if result.selection is None else result.selection.winner.trial.index,
+            objective,
+            heading=f"{self.dataset}, {result.category}",
+            about=f"Judged by {counts.normal} normal and {counts.defective} defective validation images, so that small "
+            "differences may be chance.",
         )
 
 
-def _outcome(action: Callable[..., T], *args: Any) -> T | str:
-    """What ``action`` returns, or why it could not, as one line."""
-    try:
-        return action(*args)
-    except SSNError as error:
-        # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
-        return str(getattr(error, "cause", error))
-
-
-def load_weights_digest(model: ModelConfig) -> str:
-    """Of the weights as loaded. Calibration of random ones follows from them and the data, so it adds nothing."""
-    from ssn.backbone import load_backbone
-
-    return load_backbone(model).digest
-
-
 def _leaderboard(run: _Run, results: Sequence[CategoryResult], notes: Sequence[str], tracking_uri: str) -> Leaderboard:
-    notes = list(notes)
-    if run.settings.objective.cost_per_mask == 0 and any(d.info.counts["pool"].masks for d in run.data.values()):
+    notes = [*notes, *(notice for result in results for notice in result.notices())]
+    unpriced = run.settings.objective.cost_per_mask == 0 and run.settings.objective.against != "labels"
+    if unpriced and any(d.info.counts["pool"].masks for d in run.data.values()):
         notes.append("labels were free in this search (objective.cost_per_mask is 0)")
+    notes += describe_pick(run.settings.objective)
+    rows = [leaderboard_row(run.data[r.category], r) for r in results]
+    notes += count_infeasible(rows)
     return Leaderboard(
         dataset=run.dataset,
         sweep_id=run.sweep_id,
-        rows=[leaderboard_row(run.data[r.category], r) for r in results],
+        rows=rows,
         tracking_uri=tracking_uri,
         notes=notes,
     )

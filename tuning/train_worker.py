@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssn.checkpoint import META_FILE
-from ssn.config import ModelConfig, unflatten
+from ssn.config import unflatten
+from ssn.distributed import ALONE, TIMEOUT, ProcessGroup, Workers
 from ssn.errors import SSNError
+from tuning.costs import needs_latency
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
+from tuning.weights import weights_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,11 +47,19 @@ class Placement:
     """Of each worker, or of the one process."""
     gpus: float
     """Likewise; 0 without GPUs."""
+    memory_bytes: int = 0
+    """Likewise; 0: Ray reserves none."""
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs that a trial holds."""
+        return max(1, self.num_workers) * self.gpus if self.use_gpu else 0.0
 
     @property
     def per_worker(self) -> dict[str, float]:
         """Resources of each worker, or of the one process."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
+        gpu = {"GPU": self.gpus} if self.use_gpu else {}
+        return {"CPU": self.cpus, **gpu, **({"memory": self.memory_bytes} if self.memory_bytes else {})}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class WorkerSetup:
     """By category."""
     data_uri: str
     weights_digests: Mapping[str, str]
-    """SHA-256 of the backbone's weights, by :func:`weights_key`."""
+    """SHA-256 of the backbone's weights, by :func:`tuning.weights.weights_key`."""
     store_name: str
     """Of the feature store's actor."""
     namespace: str
@@ -71,11 +82,6 @@ class WorkerSetup:
     """Called with each finished model where it was trained; a search has none."""
 
 
-def weights_key(model: ModelConfig) -> str:
-    """Equal for backbones that load the same weights."""
-    return f"{model.backbone}|{model.weights}|{list(model.layers)}"
-
-
 def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """Tune trainable that trains in its own process.
 
@@ -84,7 +90,8 @@ def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """
     from ray import tune
 
-    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=_local_device(setup))
+    device = "cuda" if setup.placement.use_gpu else "cpu"
+    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=device, workers=ALONE)
 
 
 def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
@@ -104,7 +111,9 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
         scaling_config=train.ScalingConfig(
             num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
         ),
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
+        ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
             storage_path=setup.storage_path,
@@ -122,20 +131,20 @@ def _train_in_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    _train(
-        config["trial"],
-        config["setup"],
-        report=_reporter(train),
-        checkpoint=train.get_checkpoint(),
-        device=str(get_device()),
-    )
+    device = str(get_device())
+    # Train has made torch's process group
+    workers = ProcessGroup(device) if train.get_context().get_world_size() > 1 else ALONE
+    report = _reporter(train, keeps=workers.rank == 0)
+    checkpoint = train.get_checkpoint()
+    _train(config["trial"], config["setup"], report=report, checkpoint=checkpoint, device=device, workers=workers)
 
 
-def _reporter(api: Any) -> ReportResult:
-    """Report through ``ray.tune`` or ``ray.train``, which take the same."""
+def _reporter(api: Any, *, keeps: bool = True) -> ReportResult:
+    """Report through ``ray.tune`` or ``ray.train``, which take the same; with checkpoints where this worker ``keeps``
+    them. Each worker of a group reports, for Train waits for all, and what the first reports is what counts."""
 
     def report(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
-        if save is None:
+        if save is None or not keeps:
             api.report(result)
             return
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
@@ -145,10 +154,18 @@ def _reporter(api: Any) -> ReportResult:
     return report
 
 
-def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult, checkpoint: Any, device: str) -> None:
+def _train(
+    trial: Mapping[str, Any],
+    setup: WorkerSetup,
+    *,
+    report: ReportResult,
+    checkpoint: Any,
+    device: str,
+    workers: Workers,
+) -> None:
     use_threads(setup.placement.cpus)
     context = setup.contexts[trial["category"]]
-    if setup.finish is not None:
+    if setup.finish is not None and workers.rank == 0:
         report = _finishing(report, setup.finish, trial, device)
     if checkpoint is None:
         checkpoint = _earlier_checkpoint(trial, setup)
@@ -161,6 +178,8 @@ def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult
                 report=report,
                 resume_from=resume_from,
                 device=device,
+                latency_ms=_latency_ms(trial, context, device),
+                workers=workers,
             )
     except SSNError as error:
         if setup.placement.num_workers > 1:  # a report needs all workers, and others may not have failed
@@ -179,6 +198,19 @@ def _earlier_checkpoint(trial: Mapping[str, Any], setup: WorkerSetup) -> Any:
     filesystem = setup.storage_filesystem or LocalFileSystem()
     is_there = filesystem.get_file_info(f"{path}/{MODEL_FOLDER}/{META_FILE}").is_file
     return Checkpoint(path, filesystem) if is_there else None
+
+
+def _latency_ms(trial: Mapping[str, Any], context: TrialContext, device: str) -> float | None:
+    """As an earlier trial of the same shape measured it, else measured here; None where nobody asks."""
+    from ssn.backbone import load_backbone
+    from tuning.latency import measure_latency_ms
+
+    if context.objective is None or not needs_latency(context.objective):
+        return None
+    if "latency_ms" in trial:
+        return float(trial["latency_ms"])
+    config = unflatten(trial["config"])
+    return measure_latency_ms(config, load_backbone(config.model), device=device)
 
 
 def _finishing(report: ReportResult, finish: Finish, trial: Mapping[str, Any], device: str) -> ReportResult:
@@ -222,10 +254,6 @@ def _load_features(
     if features.source == "cached":
         return features
     return features.with_backbone(reload_backbone(config, features), device=device)
-
-
-def _local_device(setup: WorkerSetup) -> str:
-    return "cuda" if setup.placement.use_gpu else "cpu"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ so does a benchmark.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tuning.train_worker import Finish, Placement, WorkerSetup, train_in_trial, 
 
 if TYPE_CHECKING:
     import pyarrow.fs
-    from ray.tune import Callback, Tuner
+    from ray.tune import Callback, Stopper, Tuner
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
@@ -26,6 +27,38 @@ FEATURE_SHARE = 0.8
 
 MAX_FAILURES = 2
 """How often a trial is tried again after its process died."""
+
+
+@dataclass(frozen=True)
+class SharedFeatures:
+    """A feature store that several Tune runs use one after the other; it ends with the last reference to it."""
+
+    name: str
+    store: Any
+
+    def end(self) -> None:
+        """Free its memory now."""
+        import ray
+
+        ray.kill(self.store)
+
+
+def feature_budget_bytes() -> int:
+    """Memory of the connected cluster for features of all categories together."""
+    import ray
+
+    return int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
+
+
+def share_features(name: str) -> SharedFeatures:
+    """Start a feature store with its share of the object store's memory."""
+    import ray
+
+    from tuning.feature_store import start_feature_store
+
+    store = start_feature_store(feature_budget_bytes(), name=f"features-{name}")
+    ray.get(store.budget_bytes.remote())
+    return SharedFeatures(f"features-{name}", store)
 
 
 def run_tune(
@@ -41,10 +74,12 @@ def run_tune(
     storage: tuple[str, pyarrow.fs.FileSystem | None],
     concurrency: int | None,
     stop: StopFlag,
+    stopper: Stopper | None = None,
     finish: Finish | None = None,
     num_to_keep: int | None = 1,
+    features: SharedFeatures | None = None,
 ) -> Tuner:
-    """Run all trials to their end, or until an interrupt sets ``stop``.
+    """Run all trials to their end, or until an interrupt sets ``stop`` or ``stopper`` says so.
 
     Args:
         searcher: Suggests trials.
@@ -58,26 +93,22 @@ def run_tune(
         storage: From :func:`open_storage`.
         concurrency: Most trials at once; None: as many as the cluster holds.
         stop: Shared with the callbacks.
+        stopper: Ends the run when a budget is spent; None: there is none.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
         num_to_keep: Checkpoints of a trial that Tune keeps; None: all, for one of the callbacks to remove. Otherwise,
             Tune writes down the state of every trial there has been whenever one of them leaves a checkpoint.
+        features: The caller's, from :func:`share_features`; None: the run has its own.
     """
     import ray
     from ray import tune
 
-    from tuning.feature_store import start_feature_store
-
     storage_path, storage_filesystem = storage
-    store_name = f"features-{name}"
-    store = start_feature_store(
-        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=store_name
-    )
-    ray.get(store.budget_bytes.remote())
+    used = features or share_features(name)
     setup = WorkerSetup(
         contexts=contexts,
         data_uri=data_uri,
         weights_digests=weights_digests,
-        store_name=store_name,
+        store_name=used.name,
         namespace=ray.get_runtime_context().namespace,
         placement=placement,
         storage_path=f"{storage_path}/{name}/workers",
@@ -88,7 +119,7 @@ def run_tune(
     if placement.num_workers == 0:
         trainable = tune.with_resources(
             tune.with_parameters(train_in_trial, setup=setup),
-            {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
+            {name.lower(): amount for name, amount in placement.per_worker.items()},
         )
     else:
         trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
@@ -106,6 +137,7 @@ def run_tune(
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             verbose=0,
+            stop=stopper,
             callbacks=list(callbacks),
             # a worker that dies is tried again from its checkpoint; an error of the training itself is final, because
             # trials report it and do not raise it
@@ -115,7 +147,8 @@ def run_tune(
     )
     with stop_tune_in_order(stop):
         tuner.fit()
-    ray.kill(store)
+    if features is None:
+        used.end()
     return tuner
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ssn.errors import SSNError
+from tuning.costs import excesses, is_feasible
+from tuning.warm_start import SuggestedBy
 
-RecordState = Literal["running", "complete", "pruned", "failed"]
+RecordState = Literal["running", "complete", "pruned", "failed", "stopped"]
+"""``pruned``: others were better at a rung; ``stopped``: a budget was spent before it had its epochs."""
 
 
 @dataclass
@@ -41,8 +45,12 @@ class TrialRecord:
     """The last result that was reported, whole."""
     failure: str | None = None
     """Why a failed trial failed."""
+    suggested_by: SuggestedBy = "sampler"
+    """Where the configuration came from."""
     stage: str = "search"
     """What it is part of: the search itself, or what follows it."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of its run in the tracker."""
     checkpoint: str | None = None
     """Path, on the sweep's file system, of its last checkpoint: where it can go on, and at the last epoch its model."""
     checkpoint_epoch: int = 0
@@ -57,6 +65,11 @@ class TrialRecord:
     def objective(self) -> float | None:
         """The objective at the last epoch that reported one; the last epoch counts, never the best."""
         return self.objectives[max(self.objectives)] if self.objectives else None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps the bounds on its costs, as far as it has reported any."""
+        return is_feasible(self.metrics)
 
     @property
     def duration_s(self) -> float:
@@ -80,7 +93,7 @@ def conclude(record: TrialRecord) -> tuple[RecordState, str | None]:
 
 
 def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial of one category with the highest objective at full budget.
+    """The trial of one category with the highest objective at full budget, among those that keep all bounds.
 
     Ties go to the higher validation image AP, then to the lower validation loss, then to the shorter duration; a trial
     that lacks one of these loses the tie. What is left is decided by the lower index, so that the choice does not
@@ -89,21 +102,39 @@ def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
     Raises:
         SSNError: no trial qualifies; the message says what became of them.
     """
-    complete = [t for t in trials if t.state == "complete" and t.objective is not None]
-    if not complete:
+    ranked = rank_trials(trials)
+    if not ranked:
         raise SSNError(_why_none(trials))
+    return ranked[0]
 
-    def rank(trial: TrialRecord) -> tuple[float, float, float, float, float]:
-        assert trial.objective is not None
-        return (
-            -trial.objective,
-            -_finite(trial.metrics.get("val_image_ap"), -math.inf),
-            _finite(trial.metrics.get("val_loss"), math.inf),
-            trial.duration_s,
-            trial.index,
-        )
 
-    return min(complete, key=rank)
+def rank_trials(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The feasible trials that used their whole budget, best first, by the rule of :func:`select_winner`."""
+    complete = [t for t in trials if t.state == "complete" and t.objective is not None and t.feasible]
+    return sorted(complete, key=lambda trial: rank_key([trial], trial.index))
+
+
+def rank_key(runs: Sequence[TrialRecord], index: int) -> tuple[float, float, float, float, float]:
+    """What :func:`select_winner` sorts by, smaller is better: means over the runs of one configuration.
+
+    Args:
+        runs: Complete ones with an objective.
+        index: Decides what is left.
+    """
+
+    def mean(name: str, otherwise: float) -> float:
+        return statistics.fmean(_finite(run.metrics.get(name), otherwise) for run in runs)
+
+    return (
+        -statistics.fmean(run.objectives[max(run.objectives)] for run in runs),
+        -mean("val_image_ap", -math.inf),
+        mean("val_loss", math.inf),
+        statistics.fmean(run.duration_s for run in runs),
+        index,
+    )
+
+
+_STATES: tuple[RecordState, ...] = ("complete", "pruned", "failed", "stopped", "running")
 
 
 def _finite(value: Any, otherwise: float) -> float:
@@ -113,12 +144,21 @@ def _finite(value: Any, otherwise: float) -> float:
 def _why_none(trials: Sequence[TrialRecord]) -> str:
     if not trials:
         return "no winner: no trial was started"
-    category, epochs = trials[0].category, trials[0].max_epochs
+    category = trials[0].category
+    epochs = " or ".join(map(str, sorted({t.max_epochs for t in trials})))
     states = Counter(t.state for t in trials)
-    counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
+    counted = ", ".join(f"{states[s]} {s}" for s in _STATES if states[s])
     failures = [t for t in trials if t.failure]
+    infeasible = sorted({bound for t in trials for bound, excess in excesses(t.metrics).items() if excess > 0})
+    if states["complete"]:
+        return (
+            f"{category}: no winner, because every complete trial exceeds {' or '.join(infeasible)} ({counted}); raise "
+            f"{' or '.join(f'objective.{bound}' for bound in infeasible)}"
+        )
     if states["running"]:
         way_out = "let the sweep run to its end"
+    elif states["stopped"]:
+        way_out = "raise the budget that ended the search"
     elif failures:
         way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and sweep again"
     else:

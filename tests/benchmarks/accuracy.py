@@ -173,9 +173,8 @@ def main() -> None:
     machine = describe_machine(torch.get_num_threads())
     print(
         f"{arguments.category}, ResNet18 (ImageNet), {arguments.size} x {arguments.size}, {arguments.epochs} epochs of "
-        f"{arguments.draws} images, supervision_ratio {arguments.ratio:g}, noise_sigma {arguments.sigma:g}, seeds 0-{arguments.seeds - 1}; "
-        + ", ".join(f"{name} {value}" for name, value in machine.items())
-        + "\n"
+        f"{arguments.draws} images, supervision_ratio {arguments.ratio:g}, noise_sigma {arguments.sigma:g}, "
+        f"seeds 0-{arguments.seeds - 1}; " + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n"
     )
     print("\n".join(table(results)), flush=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -32,6 +32,7 @@ class AnomalibSide:
     Args:
         model: Backbone, layers and variant; the heads' sizes must be the papers'.
         threshold: Of the Perlin noise.
+        noise_sigma: Of the features' noise; None: anomalib's default.
         backbone_state: Our backbone's weights.
         heads_state: Our heads' weights.
         epochs: Where its learning rate schedule ends.
@@ -45,6 +46,7 @@ class AnomalibSide:
         backbone_state: Mapping[str, Tensor],
         heads_state: Mapping[str, Tensor],
         epochs: int = 300,
+        noise_sigma: float | None = None,
     ) -> None:
         with _without_download():
             self.module = Supersimplenet(
@@ -59,6 +61,8 @@ class AnomalibSide:
                 visualizer=False,
             )
         self.model = self.module.model
+        if noise_sigma is not None:
+            self.model.anomaly_generator.noise_std = noise_sigma
         self.model.feature_extractor.feature_extractor.feature_extractor.load_state_dict(dict(backbone_state))
         own = self.model.state_dict()
         for name, tensor in heads_state.items():
@@ -79,12 +83,33 @@ class AnomalibSide:
         found = {name: own.get(_anomalib_name(name)) for name in self._heads_names}
         return {name: float(p.grad.norm()) for name, p in found.items() if p is not None and p.grad is not None}
 
-    def training_step(self, images_BCHW: Tensor, *, autocast: bool = False) -> float:
+    def training_step(
+        self, images_BCHW: Tensor, *, autocast: bool = False, draws: tuple[Tensor, Tensor] | None = None
+    ) -> float:
         """What Lightning's automatic optimisation does with ``Supersimplenet.training_step``; returns the loss.
 
         All images are normal, with the empty masks that anomalib's datasets give them; no clipping, as it has it for
         unsupervised training.
+
+        Args:
+            images_BCHW: As the backbone takes them.
+            autocast: Whether in bf16.
+            draws: Noise [2B, C, h, w] and Perlin masks [2B, 1, h, w] in the place of its own; None: its own.
         """
+        with contextlib.nullcontext() if draws is None else self._drawing(*draws):
+            return self._training_step(images_BCHW, autocast=autocast)
+
+    @contextlib.contextmanager
+    def _drawing(self, noise_VCHW: Tensor, perlin_V1HW: Tensor) -> Iterator[None]:
+        """Its generator finds this noise and these masks where it draws its own; what it makes of them is its own."""
+        generator = self.model.anomaly_generator
+        with (
+            mock.patch.object(generator, "generate_perlin", return_value=perlin_V1HW),
+            mock.patch.object(torch, "normal", return_value=noise_VCHW),
+        ):
+            yield
+
+    def _training_step(self, images_BCHW: Tensor, *, autocast: bool) -> float:
         self.model.train()
         masks = torch.zeros(len(images_BCHW), *images_BCHW.shape[2:], dtype=torch.bool)
         labels = torch.zeros(len(images_BCHW))
@@ -102,9 +127,16 @@ class AnomalibSide:
     def run_epoch(self, images_NCHW: Tensor, batch_size: int) -> float:
         """Train on all images in a random order, then move the learning rates' schedule; returns the mean loss."""
         batches = torch.randperm(len(images_NCHW)).split(batch_size)
-        total = sum(self.training_step(images_NCHW[batch]) * len(batch) for batch in batches)
+        return self.run_batches((images_NCHW[batch], None) for batch in batches)
+
+    def run_batches(self, batches: Iterable[tuple[Tensor, tuple[Tensor, Tensor] | None]]) -> float:
+        """Train an epoch on these images and draws (see :meth:`training_step`); returns the mean loss."""
+        total, count = 0.0, 0
+        for images_BCHW, draws in batches:
+            total += self.training_step(images_BCHW, draws=draws) * len(images_BCHW)
+            count += len(images_BCHW)
         self.scheduler.step()
-        return total / len(images_NCHW)
+        return total / count
 
     @torch.inference_mode()
     def predict(self, images_BCHW: Tensor, *, autocast: bool = False) -> tuple[Tensor, Tensor]:

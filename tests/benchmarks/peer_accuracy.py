@@ -1,9 +1,13 @@
 """Our accuracy against anomalib's SuperSimpleNet: trained side by side, unsupervised, and scored by the same code.
 
 ``python -m tests.benchmarks.peer_accuracy --data SHARDS --weights FILE --out DIR``: for every seed, both sides start
-from the same weights and take as many steps on the same images, at the settings that both have by default (sigma
-0.015, Perlin threshold 0.2, learning rates and their schedule), in float32. What a side's final network says of the
-test images is kept per seed, so that an interrupted comparison goes on where it was when started again.
+from the same weights and take as many steps on the same images, at the same sigma and otherwise at the settings that
+both have by default (Perlin threshold 0.2, learning rates and their schedule), in float32. What a side's final network
+says of the test images is kept per seed, so that an interrupted comparison goes on where it was when started again.
+
+With ``--draws shared`` both sides also get the same images in the same order, the same Perlin masks and the same noise,
+ours: what differs then is the implementation, and the few images of a test split can tell a small loss. With ``own``,
+each draws its own, and so many runs would be needed for the same certainty.
 
 Intervals resample images and seeds: of the test images, defective and normal ones apart, both sides get the same; a
 seed brings the runs of both sides. How much runs differ is known from few seeds only, and so underestimated.
@@ -34,13 +38,16 @@ from scipy import ndimage
 from ssn.backbone import Backbone
 from ssn.config import NUMERICS_VERSION, Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig
 from ssn.data.reader import SearchData, open_search_data, open_test_data
+from ssn.data.sampling import epoch_draws
 from ssn.engine import Trainer
 from ssn.errors import SSNError
 from ssn.evaluation import evaluate_samples
 from ssn.features import extract, load_image_batches, prepare_backbone
 from ssn.metrics import image_metrics, pixel_metrics, resampled_image_metrics, stratified_counts
-from ssn.model import SuperSimpleNet
+from ssn.model import SuperSimpleNet, map_size
 from ssn.predictor import Predictor
+from ssn.streaming import feature_sizes
+from ssn.synthesis import feature_noise, perlin_masks
 from tests.benchmarks.measure import describe_machine
 from tests.benchmarks.our_side import VARIANT
 
@@ -201,6 +208,8 @@ class Options:
     """Side of the images, pixels."""
     epochs: int
     batch: int
+    sigma: float
+    draws: Literal["shared", "own"]
 
     def config(self, num_images: int, seed: int) -> Config:
         """Our settings: the defaults, but for anomalib's variant and its length of an epoch."""
@@ -208,7 +217,7 @@ class Options:
             model=ModelConfig(variant=VARIANT, backbone=self.backbone, weights=self.weights),
             data=DataConfig(image_size=(self.size, self.size)),
             eval=EvalConfig(size=(self.size, self.size)),
-            synthesis=SynthesisConfig(noise_sigma=0.015, perlin_threshold=0.2),
+            synthesis=SynthesisConfig(noise_sigma=self.sigma, perlin_threshold=0.2),
             train=TrainConfig(epochs=self.epochs, batch_size=self.batch, draws_per_epoch=num_images, train_seed=seed),
         )
 
@@ -237,6 +246,8 @@ class Comparison:
             "size": self.options.size,
             "epochs": self.options.epochs,
             "batch": self.options.batch,
+            "sigma": self.options.sigma,
+            "draws": self.options.draws,
             "numerics_version": NUMERICS_VERSION,
             "anomalib": metadata.version("anomalib"),
         }
@@ -276,13 +287,46 @@ class Comparison:
             backbone_state=self.backbone.net.state_dict(),
             heads_state=net.state_dict(),
             epochs=config.train.epochs,
+            noise_sigma=config.synthesis.noise_sigma,
         )
-        images = torch.cat([x_BCHW for _, x_BCHW in load_image_batches(self.data.stream("train"), config)])
+        loaded = list(load_image_batches(self.data.stream("train"), config))
+        images = torch.cat([x_BCHW for _, x_BCHW in loaded])
+        sample_keys = np.array([int(sample.id[:15], 16) for batch, _ in loaded for sample in batch], np.int64)
         torch.manual_seed(seed)
-        for _ in self._epochs("anomalib", seed):
-            say(f"loss {peer.run_epoch(images, config.train.batch_size):.4f}")
+        for epoch in self._epochs("anomalib", seed):
+            if self.options.draws == "own":
+                loss = peer.run_epoch(images, config.train.batch_size)
+            else:
+                loss = peer.run_batches(self._shared_batches(config, images, sample_keys, epoch - 1))
+            say(f"loss {loss:.4f}")
         net.load_state_dict(peer.heads_state())
         return net
+
+    def _shared_batches(
+        self, config: Config, images_NCHW: torch.Tensor, sample_key_N: np.ndarray, epoch: int
+    ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+        """Images, noise and masks of an epoch (from 0), as ``ssn.engine`` draws them without defective images."""
+        train, synthesis = config.resolved().train, config.resolved().synthesis
+        draws = epoch_draws(
+            len(images_NCHW), 0, 0, draws_per_epoch=train.draws_per_epoch, seed=train.train_seed, epoch=epoch
+        )
+        map_HW = map_size([size for _, size in feature_sizes(config, self.backbone, "cpu")])
+        for start in range(0, len(draws.index), train.batch_size):
+            image_B = draws.index[start : start + train.batch_size]
+            keys = np.empty((2 * len(image_B), 5), np.int64)
+            keys[:, 0], keys[:, 1], keys[:, 2] = train.train_seed, epoch, np.tile(sample_key_N[image_B], 2)
+            keys[:, 3] = np.tile(draws.occurrence[start : start + train.batch_size], 2)
+            keys[:, 4] = np.repeat([0, 1], len(image_B))
+            perlin_VHW = perlin_masks(
+                keys,
+                map_HW,
+                threshold=synthesis.perlin_threshold,
+                rescale_empty=bool(synthesis.perlin_rescale_empty),
+                device="cpu",
+            )
+            noise_VHWC = torch.zeros(*perlin_VHW.shape, sum(self.backbone.channels))
+            noise_VHWC[perlin_VHW] = feature_noise(keys, perlin_VHW, noise_VHWC.shape[3], synthesis.noise_sigma)
+            yield images_NCHW[image_B], (noise_VHWC.permute(0, 3, 1, 2), perlin_VHW[:, None].float())
 
     def _epochs(self, side: SideName, seed: int) -> Iterator[int]:
         """Counts epochs, with a line for each."""
@@ -343,8 +387,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"{settings['dataset']}/{settings['category']}, {settings['backbone']}, {settings['size']} x {settings['size']}"
         f" pixels, unsupervised: {counts['train']} training images, epochs {settings['epochs']}, batch "
-        f"{settings['batch']}, seeds {len(result['seeds'])}; test images: {counts['normal']} normal, "
-        f"{counts['defective']} defective; anomalib {settings['anomalib']}.",
+        f"{settings['batch']}, sigma {settings['sigma']:g}, {settings['draws']} draws, seeds {len(result['seeds'])}; "
+        f"test images: {counts['normal']} normal, {counts['defective']} defective; anomalib {settings['anomalib']}.",
         "In points; mean ± standard deviation over seeds; the interval is of the difference, over images and seeds.",
         "",
         "| metric | ours | anomalib | difference | 95 % interval | excludes a loss of more than 1 |",
@@ -399,6 +443,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--epochs", type=int, default=15, help="15: half an hour with ResNet18 on two cores")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sigma", type=float, default=0.015, help="of the noise; the paper's suits WideResNet50")
+    parser.add_argument("--draws", choices=("shared", "own"), default="shared", help="images' order, masks and noise")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes and of results.json and .md")
@@ -407,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("anomalib is not installed; pip install -e '.[bench]'")
     warnings.simplefilter("ignore")  # other people's deprecations; the test suite makes ours errors
     torch.set_num_threads(arguments.threads)
-    names = ("data", "dataset", "category", "backbone", "weights", "size", "epochs", "batch")
+    names = ("data", "dataset", "category", "backbone", "weights", "size", "epochs", "batch", "sigma", "draws")
     comparison = Comparison(Options(**{name: getattr(arguments, name) for name in names}))
     settings = comparison.settings()
     out: Path = arguments.out

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ssn.errors import SSNError
-from tuning.tracking import MemoryTracker, MLflowTracker, RunRecord, Sweep, Tracker, TrialInfo
+from tuning.tracking import MemoryTracker, MLflowTracker, Outbox, RunRecord, Sweep, Tracker, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri, ui_command
 from tuning.tracking.protocol import PARENT_STAGE, TRIAL_MODEL_FILES
 
@@ -34,6 +34,11 @@ CONFIG = {"synthesis.noise_sigma": 0.015, "train.epochs": 3, "model.layers": [2,
 
 def make_trial(index: int = 0, category: str = "bolt", stage: str = "search") -> TrialInfo:
     return TrialInfo(category=category, trial_key=f"key{index}", index=index, config=CONFIG, stage=stage)
+
+
+def names(run: RunRecord, handle: str) -> bool:
+    """Whether a handle is of this run."""
+    return handle in (run.run_id, run.run_key)
 
 
 @pytest.fixture
@@ -74,8 +79,9 @@ class TrackerContract:
 
         runs = self.runs(tracker)
         assert set(runs) == {"bolt", "nut", "bolt-000", "bolt-001", "nut-000", "nut-001"}
-        assert {name: r.run_id for name, r in runs.items() if r.parent_run_id is None} == parents
-        assert runs["nut-001"].parent_run_id == parents["nut"]
+        assert {name for name, r in runs.items() if r.parent_run_id is None} == set(parents)
+        assert all(names(runs[category], parents[category]) for category in parents)
+        assert runs["nut-001"].parent_run_id == runs["nut"].run_id
         assert runs["bolt"].stage == PARENT_STAGE
         assert runs["nut"].tags["search_fingerprint"] == "f-nut"
         assert {r.status for r in runs.values()} == {"FINISHED"}
@@ -88,7 +94,7 @@ class TrackerContract:
         tracker.finish_trial(run_id, "COMPLETE", artifact_dir=model_dir)
 
         run = self.runs(tracker)["bolt-007"]
-        assert run.run_id == run_id
+        assert names(run, run_id)
         assert run.params == {key: str(value) for key, value in CONFIG.items()}
         assert run.metrics == pytest.approx({"train_loss": 1 / 3, "objective": 0.8, "epoch": 3})
         assert tracker.metric_history(run_id, "train_loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
@@ -130,6 +136,7 @@ class TrackerContract:
         tracker.log_epoch(cut_short, 1, {"train_loss": 1.0})
         tracker.log_epoch(cut_short, 2, {"train_loss": 0.5})
         tracker.flush()  # and now the driver is killed: nothing is ended, nothing else is written
+        before = {r.name: r.run_id for r in tracker.find_runs(SWEEP.dataset)}
 
         tracker = self.restored(tracker)
         assert tracker.start_sweep(SWEEP) == parents
@@ -141,6 +148,7 @@ class TrackerContract:
         tracker.finish_sweep(SWEEP)
 
         runs = self.runs(tracker)
+        assert {name: r.run_id for name, r in runs.items()} == before
         assert set(runs) == {"bolt", "nut", "bolt-000", "bolt-001"}
         assert {r.status for r in runs.values()} == {"FINISHED"}
         assert tracker.metric_history(cut_short, "train_loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
@@ -206,6 +214,56 @@ class TrackerContract:
         assert tracker.metric_history(run_id, "m4") == [(epoch, epoch + 4.0) for epoch in range(1, 301)]
         assert self.runs(tracker)["bolt-000"].tags["hostname"] == "a"
 
+    def test_run_is_known_by_either_name(self, tracker: Tracker) -> None:
+        tracker.start_sweep(SWEEP)
+        tracker.start_trial(SWEEP, make_trial())
+        run = self.runs(tracker)["bolt-000"]
+        tracker.log_epoch(run.run_id, 1, {"train_loss": 1.0})
+        tracker.finish_trial(run.run_id, "PRUNED")
+        tracker.log_summary(run.run_id, tags={"note": "kept"})
+        run = self.runs(tracker)["bolt-000"]
+        assert (run.trial_state, run.tags["note"]) == ("PRUNED", "kept")
+        assert tracker.metric_history(run.run_id, "train_loss") == [(1, 1.0)]
+
+    def test_epoch_of_a_run_that_another_process_opened_is_not_doubled(self, tracker: Tracker) -> None:
+        tracker.start_sweep(SWEEP)
+        tracker.start_trial(SWEEP, make_trial())
+        run_id = self.runs(tracker)["bolt-000"].run_id
+        tracker.log_epoch(run_id, 1, {"train_loss": 1.0})
+        tracker.flush()
+        tracker = self.restored(tracker)
+        tracker.log_epoch(run_id, 1, {"train_loss": 9.0})
+        tracker.log_epoch(run_id, 2, {"train_loss": 0.5})
+        assert tracker.metric_history(run_id, "train_loss") == [(1, 1.0), (2, 0.5)]
+
+    def test_run_has_the_times_at_which_things_happened(self, tracker: Tracker) -> None:
+        tracker.start_sweep(SWEEP, at_ms=1_000_000)
+        run_id = tracker.start_trial(SWEEP, make_trial(), at_ms=2_000_000)
+        left_open = tracker.start_trial(SWEEP, make_trial(1), at_ms=2_500_000)
+        tracker.finish_trial(run_id, "PRUNED", at_ms=3_000_000)
+        run = self.runs(tracker)["bolt-000"]
+        assert (run.started_ms, run.ended_ms) == (2_000_000, 3_000_000)
+        assert self.runs(tracker)["bolt-001"].ended_ms is None
+        tracker.finish_sweep(SWEEP, at_ms=4_000_000)
+        runs = self.runs(tracker)
+        assert [(runs[n].started_ms, runs[n].ended_ms) for n in ("bolt", "bolt-001")] == [
+            (1_000_000, 4_000_000),
+            (2_500_000, 4_000_000),
+        ]
+        assert names(runs["bolt-001"], left_open)
+
+    def test_what_was_said_is_there_after_closing(self, tracker: Tracker, model_dir: Path) -> None:
+        tracker.start_sweep(SWEEP)
+        run_id = tracker.start_trial(SWEEP, make_trial())
+        tracker.log_epoch(run_id, 1, {"train_loss": 1.0})
+        assert tracker.drain(60)
+        tracker.finish_trial(run_id, "COMPLETE", artifact_dir=model_dir)
+        tracker.close()
+        tracker = self.restored(tracker)
+        run = self.runs(tracker)["bolt-000"]
+        assert (run.trial_state, run.metrics["train_loss"]) == ("COMPLETE", 1.0)
+        assert len(tracker.list_artifacts(run.run_id)) == len(TRIAL_MODEL_FILES)
+
     def test_survives_pickling(self, tracker: Tracker) -> None:
         tracker.start_sweep(SWEEP)
         copy = pickle.loads(pickle.dumps(tracker))
@@ -218,6 +276,37 @@ class TestMemoryTracker(TrackerContract):
     @pytest.fixture
     def tracker(self) -> Tracker:
         return MemoryTracker()
+
+
+class OutboxContract(TrackerContract):
+    """The contract of a tracker behind an outbox."""
+
+    @pytest.fixture(autouse=True)
+    def outboxes(self) -> Iterator[list[Outbox]]:
+        """Those that a test used; no thread outlives it."""
+        self.used: list[Outbox] = []
+        yield self.used
+        for outbox in self.used:
+            outbox.close()
+            assert not outbox.folder.exists(), "all was brought to the store"
+
+    def behind(self, inner: Tracker, folder: Path) -> Outbox:
+        self.used.append(Outbox(inner, folder))
+        return self.used[-1]
+
+    def restored(self, tracker: Tracker) -> Tracker:
+        assert isinstance(tracker, Outbox)
+        tracker.close()
+        return self.behind(self.inner_restored(tracker.tracker), tracker.folder)
+
+    def inner_restored(self, inner: Tracker) -> Tracker:
+        return inner
+
+
+class TestOutboxBeforeMemory(OutboxContract):
+    @pytest.fixture
+    def tracker(self, tmp_path: Path) -> Tracker:
+        return self.behind(MemoryTracker(), tmp_path / "outbox")
 
 
 @pytest.fixture(scope="session")
@@ -281,6 +370,17 @@ class TestMLflowTrackerSQLite(TrackerContract):
         tracker.client.delete_experiment(experiment.experiment_id)
         with pytest.raises(SSNError, match="mlflow experiments restore --experiment-id"):
             self.restored(tracker).start_sweep(Sweep("s9", SWEEP.dataset, SWEEP.categories))
+
+
+class TestOutboxBeforeMLflow(OutboxContract):
+    @pytest.fixture
+    def tracker(self, empty_database: Path, tmp_path: Path) -> Tracker:
+        shutil.copy(empty_database, tmp_path / "mlflow.db")
+        return self.behind(MLflowTracker(default_tracking_uri(tmp_path), persistent=False), tmp_path / "outbox")
+
+    def inner_restored(self, inner: Tracker) -> Tracker:
+        assert isinstance(inner, MLflowTracker)
+        return MLflowTracker(inner.tracking_uri, persistent=False)
 
 
 @pytest.fixture(scope="class")

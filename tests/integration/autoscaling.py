@@ -35,6 +35,7 @@ SETTINGS = (
     *("model.backbone=resnet18", "model.weights=random", "model.layers=[1,2]"),
     *("model.seg_channels=16", "model.cls_channels=4", "data.image_size=[32,48]", "train.epochs=10"),
     *("train.batch_size=8", "eval.size=[24,32]", "eval.batch_size=4", "search.grace_epochs=10"),
+    "finalists.count=1",
 )
 # Prints the number of living nodes beside the head, every half second, until it is killed; Ray prints other things.
 WATCH = """

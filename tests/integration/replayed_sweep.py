@@ -32,15 +32,18 @@ from tuning.ledger import STUDIES_FILE, SweepLedger
 from tuning.ledger_callback import LedgerCallback
 from tuning.progress import ProgressCallback
 from tuning.resume import close_runs, read_earlier
-from tuning.scheduler import MultiplexScheduler, rung_epochs
+from tuning.rungs import Rungs, rung_epochs
+from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.space import Choice, FloatRange
 from tuning.study_database import StudyDatabase
 from tuning.tracking import MLflowTracker, Sweep
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
+from tuning.weights import weights_key
 
 EPOCHS, GRACE, ETA, TRIALS = 9, 1, 3, 6
+WEIGHTS = {weights_key(Config().model): "weights"}
 CATEGORIES = ("screw", "tile", "wood")
 FAILS_ONCE = ("tile", 0)
 """Category and index of the trial that raises at its third epoch in the first run, and not after a resume."""
@@ -117,19 +120,19 @@ def main(folder: str, mode: str) -> None:
     earlier = read_earlier(ledger, retry_failed=True)
     lines = close_runs(tracker, described, ledger, earlier, None)
     database = StudyDatabase(f"sqlite:///{ledger.files.path(STUDIES_FILE)}")
-    base = flatten(Config()) | {"train.epochs": EPOCHS}
+    base = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
     space = {
         "synthesis.noise_sigma": FloatRange(1e-3, 0.3, log=True),
         "train.supervision_ratio": Choice((0.0, 0.5, 1.0)),
     }
     searcher = MultiplexSearcher(
-        [CategorySearch(c, base, space, f"data of {c}", "weights", 0) for c in CATEGORIES],
+        [CategorySearch(c, base, space, f"data of {c}", WEIGHTS, 0) for c in CATEGORIES],
         sweep_id="replayed",
         trials_per_category=TRIALS,
         earlier=earlier,
         database=database,
     )
-    scheduler = MultiplexScheduler(max_epochs=EPOCHS, grace=GRACE, eta=ETA, history=searcher)
+    scheduler = MultiplexScheduler(Rungs(GRACE, ETA), history=searcher)
     scheduler.enter_earlier(searcher.records())
     tune.Tuner(
         tune.with_resources(lambda config: replay(config | {"folder": folder, "mode": mode}), {"cpu": 1}),

@@ -73,6 +73,7 @@ def report(name):
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 sets = ["--config", folder / "config.yaml", "--trials", "1", "--set", "search.grace_epochs=2"]
+sets += ["--set", "finalists.count=1"]
 run("sweep", "sweep", "tiny", "--data", data, "--out", folder / "runs", *placed, *sets)
 report("before")
 

@@ -27,6 +27,7 @@ from ssn.errors import SSNError
 from tests.planted_features import plant_features
 from tuning import feature_store, objective, train_worker
 from tuning.objective import TrialContext, run_trial
+from tuning.rungs import Rungs
 from tuning.settings import ObjectiveSettings
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 from tuning.train_worker import Placement, WorkerSetup
@@ -49,20 +50,25 @@ import tuning.tune_run
 from ssn.config import unflatten
 from tests.integration.test_no_leak import shuffle_test_labels, train_curiously
 from tuning.champions import load_trial_model
-from tuning.settings import ResourceSettings, SearchSettings, SweepSettings
+from tuning.settings import FinalistSettings, ResourceSettings, SearchSettings, SweepSettings
+from tuning.space_syntax import DEFAULT_SPACE
 from tuning.sweep import connect_ray, sweep
 from tuning.tracking import MLflowTracker
 
 folder, data_uri, tracking_uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = unflatten(json.loads((folder / "config.json").read_text()))
+SPACE = {**DEFAULT_SPACE, "train.weak_labels": ["drop", "use"]}
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
-    search=SearchSettings(trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, weak_labels=True),
+    search=SearchSettings(
+        trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, space=SPACE, warm_start=False
+    ),
+    finalists=FinalistSettings(count=1),
     resources=ResourceSettings(use_gpu=False),
 )
 
 
-def run():
+def run(tracking_uri):
     result = sweep(
         settings, dataset="tiny", data_uri=data_uri, categories=["widget"], tracking_uri=tracking_uri,
         out=folder / "runs",
@@ -92,10 +98,11 @@ def run():
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 train_in_trial = tuning.tune_run.train_in_trial
 tuning.tune_run.train_in_trial = train_curiously
-said = {"before": run()}
+said = {"before": run(tracking_uri)}
 tuning.tune_run.train_in_trial = train_in_trial
 shuffle_test_labels(Path(data_uri) / "tiny" / "widget")
-said["after"] = run()
+# with a registry of its own: the champion that is there already would stay, and nothing be scored
+said["after"] = run(tracking_uri.replace("mlflow.db", "mlflow-after.db"))
 (folder / "said.json").write_text(json.dumps(said))
 """
 
@@ -245,7 +252,7 @@ def test_curious_trials_find_nothing_of_the_test_split(folder: Path) -> None:
 def arguments(tiny_data: Path) -> tuple[dict[str, Any], TrialContext, WorkerSetup, Any]:
     """What a sweep gives to a trial."""
     data = open_search_data(str(tiny_data), "tiny", "widget")
-    context = TrialContext(data=data, objective=ObjectiveSettings(), rung_epochs=(1,))
+    context = TrialContext(data=data, objective=ObjectiveSettings(), rungs=Rungs(1))
     setup = WorkerSetup(
         contexts={"widget": context},
         data_uri=str(tiny_data),

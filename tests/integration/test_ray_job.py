@@ -37,6 +37,7 @@ SETTINGS = (
     *("model.backbone=resnet18", "model.weights=random", "model.layers=[1,2]"),
     *("model.seg_channels=16", "model.cls_channels=4", "data.image_size=[32,48]"),
     *("train.batch_size=8", "eval.size=[24,32]", "eval.batch_size=4", "search.grace_epochs=1"),
+    "finalists.count=1",
 )
 USE_CHAMPION = """
 import json

@@ -40,7 +40,7 @@ import ray
 
 from ssn.config import unflatten
 from ssn.errors import SSNError
-from tuning.settings import ResourceSettings, SearchSettings, SweepSettings
+from tuning.settings import FinalistSettings, ResourceSettings, SearchSettings, SweepSettings
 from tuning.sweep import connect_ray, sweep
 
 folder, data_uri, tracking_uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -48,6 +48,7 @@ config = unflatten(json.loads((folder / "config.json").read_text()))
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
     search=SearchSettings(trials=2, grace_epochs=config.train.epochs),
+    finalists=FinalistSettings(count=1),
     resources=ResourceSettings(use_gpu=False),
 )
 
@@ -199,7 +200,16 @@ def test_worker_group_computes_what_the_trial_process_computes(outcome: Outcome)
     assert (trial["state"], trial["epoch"]) == ("complete", 2)
     expected = validation_metrics(default)
     assert validation_metrics(trial) == pytest.approx(expected, rel=GOLDEN_RTOL, abs=GOLDEN_ATOL)
-    assert outcome.said["worker"]["categories"]["widget"]["champion"]["version"] in ("2", 2)
+
+
+def test_champion_of_the_same_data_stays_unless_it_is_beaten(outcome: Outcome) -> None:
+    """The second sweep's one trial is the first sweep's default, which is no better than its champion."""
+    first, second = (outcome.said[which]["categories"]["widget"] for which in ("sweep", "worker"))
+    assert second["champion"] == {**first["champion"], "created": False}
+    assert second["registered_champion"]["way"] == "recorded"
+    assert second["registered_champion"]["promoted"] is False
+    assert second["test"] is None, "what is not registered is not scored on test"
+    assert "does not take its place" in outcome.said["worker"]["leaderboard"]
 
 
 def test_registered_champion_scores_as_the_predictor(outcome: Outcome, tiny_data: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
     monkeypatch.setattr(tuning.benchmark, "connect_ray", lambda: None)
     monkeypatch.setattr(tuning.benchmark, "place", lambda settings: ONE_CORE)
     monkeypatch.setattr(tuning.benchmark, "load_weights_digest", lambda model: "d" * 64)
-    monkeypatch.setattr(tuning.tracking, "MLflowTracker", lambda uri: stage.tracker)
+    monkeypatch.setattr(tuning.tracking, "MLflowTracker", lambda uri, **options: stage.tracker)
     return stage
 
 

@@ -17,8 +17,9 @@ from tests.made_up_benchmark import ONE_CORE, REPORTED, FakeTrial, make_info, pl
 from tests.planted_features import CONFIG, plant_features
 from tuning.benchmark_plan import PlannedRun
 from tuning.benchmark_results import ResultStore
-from tuning.benchmark_runs import BenchmarkCallback, FixedRuns, make_result
+from tuning.benchmark_runs import BenchmarkCallback, make_result
 from tuning.benchmark_score import ScoreOnTest, describe_hardware
+from tuning.fixed_runs import FixedRuns
 from tuning.objective import TrialContext, run_trial
 from tuning.progress import ProgressCallback
 from tuning.report import leaderboard_from_runs
@@ -29,8 +30,13 @@ from tuning.train_worker import MODEL_FOLDER, Placement, _finishing
 PLAN = plan_of([make_info("bolt"), make_info("nut")], seeds=3)
 
 
-def fixed(plan_runs: tuple[PlannedRun, ...] = PLAN.runs, limit: int | None = None) -> FixedRuns:
-    runs = FixedRuns(plan_runs, lambda run: {"repetition": str(run.seed)})
+def fixed(plan_runs: tuple[PlannedRun, ...] = PLAN.runs, limit: int | None = None) -> FixedRuns[PlannedRun]:
+    runs = FixedRuns(
+        plan_runs,
+        stage=BENCHMARK_STAGE,
+        label=lambda run: f"{run.labels[0]}, repetition {run.seed}",
+        tags=lambda run: {"repetition": str(run.seed)},
+    )
     if limit is not None:
         runs.set_max_concurrency(limit)
     return runs
@@ -89,13 +95,13 @@ def test_run_that_succeeds_at_the_second_attempt_has_not_failed() -> None:
     assert runs.failures() == []
 
 
-def test_searcher_is_stored_and_restored(tmp_path: Path) -> None:
-    runs = fixed()
+def test_run_that_reports_its_failure_has_failed_with_its_reason() -> None:
+    runs = fixed(PLAN.runs[:1])
     runs.suggest("t0")
-    runs.save(str(tmp_path / "state"))
-    again = fixed()
-    again.restore(str(tmp_path / "state"))
-    assert [r.trial_id for r in again.records()] == ["t0"]
+    runs.on_trial_result("t0", {"epoch": 1, "val_loss": 2.0})
+    runs.on_trial_complete("t0", {"failure": "the training loss became nan"})
+    assert runs.failures() == [(PLAN.runs[0], "the training loss became nan")]
+    assert runs.record("t0").metrics["val_loss"] == 2.0
 
 
 class Tracked:
@@ -168,7 +174,7 @@ def test_benchmark_has_one_parent_that_no_leaderboard_shows(tmp_path: Path) -> N
     # and yet whoever looks at this test split next is told
     assert count_scores(runs, category="bolt", test_fingerprint="0" * 64) == 1
     assert count_scores(runs, category="bolt", test_fingerprint="1" * 64) == 0
-    assert count_scores(runs, category="bolt", test_fingerprint="0" * 64, besides=child.run_id) == 0
+    assert count_scores(runs, category="bolt", test_fingerprint="0" * 64, besides={child.run_id}) == 0
 
 
 def test_callback_crosses_process_borders(tmp_path: Path) -> None:
@@ -248,7 +254,7 @@ def test_live_table_of_a_benchmark_has_no_best() -> None:
 
 def test_trial_that_is_not_ranked_reports_no_objective() -> None:
     features = plant_features()
-    context = TrialContext(data=SearchData(features.info, {}), objective=None, rung_epochs=())
+    context = TrialContext(data=SearchData(features.info, {}), objective=None, rungs=None)
     results: list[dict[str, Any]] = []
     run_trial(
         {"trial_key": "k", "category": "plate", "index": 0, "config": flatten(CONFIG)},

@@ -22,7 +22,16 @@ from ssn.config import Config, DataConfig, ModelConfig, flatten
 from ssn.errors import SSNError
 from ssn.model import SuperSimpleNet
 from ssn.predictor import Predictor
-from tuning.champions import ALIAS, ChampionVersion, Decision, promote, register_champion, save_pyfunc_model
+from tuning.champions import (
+    ALIAS,
+    ChampionVersion,
+    Decision,
+    find_incumbent,
+    promote,
+    register_champion,
+    save_pyfunc_model,
+    tag_version,
+)
 from tuning.tracking import MLflowTracker, Sweep, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 
@@ -117,6 +126,19 @@ def finish_trial(tracker: MLflowTracker, config: Config, trial_dir: Path, index:
     tracker.log_epoch(run_id, 1, {"objective": 0.9})
     tracker.finish_trial(run_id, "COMPLETE", artifact_dir=trial_dir)
     return run_id
+
+
+def test_champion_is_the_next_ones_rival_with_its_tags(
+    tracker: MLflowTracker, config: Config, trial_dir: Path, bundle_dir: Path
+) -> None:
+    assert find_incumbent(tracker.tracking_uri, "widgets", "bolt") is None
+    run_id = finish_trial(tracker, config, trial_dir)
+    register_champion(tracker.tracking_uri, run_id=run_id, bundle_dir=bundle_dir, decision=DECISION)
+    tag_version(tracker.tracking_uri, "widgets.bolt", "1", {"kept_by_sweep": "s2"})
+    incumbent = find_incumbent(tracker.tracking_uri, "widgets", "bolt")
+    assert incumbent is not None
+    assert (incumbent.title, incumbent.run_id, incumbent.search_fingerprint) == ("widgets.bolt/1", run_id, "f1")
+    assert (incumbent.tags["validation_objective"], incumbent.tags["kept_by_sweep"]) == ("0.91", "s2")
 
 
 def test_registered_champion_has_alias_and_the_numbers_of_the_decision(

@@ -191,6 +191,19 @@ def test_test_score_is_kept_with_its_picture(ledger: SweepLedger) -> None:
     assert ledger.read_score("nut", "key") is None
 
 
+def test_score_without_a_picture_is_one(ledger: SweepLedger) -> None:
+    score = ChampionScore({"image_auroc": 0.9}, {}, 12, 4, None)
+    ledger.write_score("bolt", "key", score)
+    assert ledger.read_score("bolt", "key") == score
+
+
+def test_budget_that_ended_a_stage_is_kept(ledger: SweepLedger) -> None:
+    assert ledger.read_end("search") is None
+    ledger.write_end("search", "search.time_budget=2h")
+    assert ledger.read_end("search") == "search.time_budget=2h"
+    assert ledger.read_end("finalist") is None
+
+
 def test_champion_is_kept(ledger: SweepLedger) -> None:
     champion = ChampionVersion("parts.bolt", "3", "run", created=True)
     assert ledger.read_champion("bolt") is None

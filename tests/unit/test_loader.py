@@ -12,7 +12,8 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.errors import SSNError
 from ssn.loader import load_config
-from tuning.settings import SweepSettings
+from tuning.settings import SearchSettings, SweepSettings
+from tuning.space import FloatRange
 
 
 def load_set(*sets: str) -> Config:
@@ -86,10 +87,12 @@ def test_set_reads_the_value_as_its_field_wants_it(text: str, value: Any) -> Non
 
 def test_scientific_notation_in_files_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("synthesis:\n  noise_sigma: 5e-2\nsearch:\n  noise_sigma: [1e-3, 3e-1]\n")
+    file.write_text(
+        "synthesis:\n  noise_sigma: 5e-2\nsearch:\n  space:\n    synthesis.noise_sigma: {low: 1e-3, high: 3e-1}\n"
+    )
     settings = load_config(SweepSettings, files=[file])
     assert settings.synthesis.noise_sigma == 0.05
-    assert settings.search.noise_sigma == (0.001, 0.3)
+    assert settings.space()["synthesis.noise_sigma"] == FloatRange(0.001, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +234,67 @@ def test_use_gpu_is_auto_or_a_truth_value() -> None:
 
 
 def test_a_search_bound_can_be_switched_off_and_a_sweep_of_nothing_is_refused() -> None:
-    off = ["search.noise_sigma=null", "search.perlin_threshold=null"]
+    off = ["search.space.synthesis.noise_sigma=null", "search.space.synthesis.perlin_threshold=null"]
     assert set(load_config(SweepSettings, sets=off).space()) == {"train.supervision_ratio"}
-    nothing = [*off, "search.supervision_ratio=null"]
-    assert "nothing is searched" in error_of(*nothing, cls=SweepSettings)
+    nothing = [*off, "search.space.train.supervision_ratio=null"]
+    assert "search.space leaves nothing to search" in error_of(*nothing, cls=SweepSettings)
     assert load_config(SweepSettings, sets=[*nothing, "search.trials=1"]).space() == {}
 
 
+def test_a_source_that_names_one_key_of_a_mapping_keeps_the_rest(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "search:\n  space:\n    train.lr_heads: [1e-4, 2e-4]\n    train.epochs: [2, 300]\n"
+        "  categories:\n    a.b: {train.lr_heads: 1e-4}\n    screw: {train.lr_heads: 1e-4, train.epochs: 300}\n"
+    )
+    second.write_text("search.space: {train.epochs: [300]}\nsearch.categories.screw: {train.epochs: 20}\n")
+    search = load_config(
+        SweepSettings,
+        files=[first, second],
+        sets=[
+            "search.space.synthesis.noise_sigma={low: 1e-2, high: 0.1}",
+            "search.space={train.truncation: [0.4, 0.5]}",
+            "search.categories.screw.train.lr_heads=[1e-4, 2e-4]",
+            "search.categories.tile={train.epochs: 30}",
+        ],
+    ).search
+    assert search.space == {
+        **SearchSettings().space,
+        "synthesis.noise_sigma": {"low": "1e-2", "high": 0.1},
+        "train.lr_heads": ["1e-4", "2e-4"],
+        "train.epochs": [300],
+        "train.truncation": [0.4, 0.5],
+    }
+    assert search.categories == {
+        "a.b": {"train.lr_heads": "1e-4"},
+        "screw": {"train.lr_heads": ["1e-4", "2e-4"], "train.epochs": 20},
+        "tile": {"train.epochs": 30},
+    }
+    assert SearchSettings().space["synthesis.noise_sigma"] == {"low": 1e-3, "high": 0.3, "log": True}
+
+
+def test_a_mapping_must_be_one(tmp_path: Path) -> None:
+    expected = "search.space is [1, 2], but it must hold keys and their values (--set search.space=[1, 2])"
+    assert error_of("search.space=[1, 2]", cls=SweepSettings) == expected
+    assert "search.categories.screw is 3, but it must hold" in error_of("search.categories.screw=3", cls=SweepSettings)
+    file = tmp_path / "c.yaml"
+    file.write_text("search:\n  space:\n#    train.epochs: [2]\n  categories:\n    screw:\n")
+    assert load_config(SweepSettings, files=[file]) == SweepSettings()
+
+
+def test_an_unknown_key_of_the_search_space_names_the_nearest() -> None:
+    message = error_of("search.space.synthesis.noise_sgima=0.1", cls=SweepSettings)
+    assert message == "search.space: unknown config key 'synthesis.noise_sgima'; did you mean synthesis.noise_sigma?"
+    message = error_of("search.categories.screw.train.epoch=1", cls=SweepSettings)
+    assert message == "search.categories.screw: unknown config key 'train.epoch'; did you mean train.epochs?"
+    message = error_of("search.space={synthesis: {noise_sigma: 1}}", cls=SweepSettings)
+    assert (
+        message
+        == "search.space: synthesis is a section; write its keys whole and dotted, such as synthesis.noise_sigma"
+    )
+
+
 def test_grace_defaults_to_two_rungs() -> None:
-    assert load_config(SweepSettings, sets=["train.epochs=90"]).grace_epochs() == 10
-    assert load_config(SweepSettings, sets=["train.epochs=4"]).grace_epochs() == 1
+    assert load_config(SweepSettings, sets=["train.epochs=90"]).rungs().epochs(90) == (10, 30)
+    assert load_config(SweepSettings, sets=["train.epochs=4"]).rungs().epochs(4) == (1, 3)
     assert "in 1..4" in error_of("train.epochs=4", "search.grace_epochs=5", cls=SweepSettings)

@@ -26,6 +26,7 @@ from tuning.objective import (
     masks_available,
     run_trial,
 )
+from tuning.rungs import Rungs
 from tuning.settings import ObjectiveMetric, ObjectiveSettings, SweepSettings
 from tuning.sweep import sweep
 
@@ -126,7 +127,7 @@ def run(
     context = TrialContext(
         data=SearchData(features.info, {}),
         objective=ObjectiveSettings(cost_per_mask=0.01),
-        rung_epochs=(2, 4),
+        rungs=Rungs(2, 2),
     )
     reports: list[Report] = []
 

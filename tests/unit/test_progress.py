@@ -21,6 +21,7 @@ from tuning.progress import (
 )
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.space import FloatRange
+from tuning.weights import weights_key
 
 EPOCHS = 9
 
@@ -50,10 +51,11 @@ class FakeTrial:
 
 
 def searcher(names: tuple[str, ...] = ("screw", "tile"), trials: int = 2) -> MultiplexSearcher:
-    base = flatten(Config()) | {"train.epochs": EPOCHS}
+    base = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
+    weights = {weights_key(Config().model): "weights"}
     space = {"synthesis.noise_sigma": FloatRange(1e-3, 0.3, log=True)}
     search = MultiplexSearcher(
-        [CategorySearch(n, base, space, f"data of {n}", "weights", 0) for n in names],
+        [CategorySearch(n, base, space, f"data of {n}", weights, 0) for n in names],
         sweep_id="sweep",
         trials_per_category=trials,
     )

@@ -10,7 +10,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from ssn.errors import SSNError
-from tuning.scheduler import MultiplexScheduler, rung_epochs
+from tuning.rungs import Rungs, rung_epochs
+from tuning.scheduler import MultiplexScheduler
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 
@@ -18,27 +19,40 @@ STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 class FakeTrial:
     """What the scheduler looks at of a Tune trial."""
 
-    def __init__(self, trial_id: str, category: str) -> None:
+    def __init__(self, trial_id: str, category: str, epochs: int = 9) -> None:
         self.trial_id = trial_id
-        self.config = {"category": category}
+        self.config = {"category": category, "index": 1, "config": {"train.epochs": epochs}}
 
 
 class History:
-    """Objectives by trial and epoch."""
+    """Objectives by trial and epoch, and last reports."""
 
-    def __init__(self, objectives: dict[str, dict[int, float]]) -> None:
+    def __init__(
+        self, objectives: dict[str, dict[int, float]], metrics: dict[str, dict[str, float]] | None = None
+    ) -> None:
         self.objectives = objectives
+        self.metrics = metrics or {}
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
         return self.objectives.get(trial_id, {})
 
+    def recorded_metrics(self, trial_id: str) -> dict[str, float]:
+        return self.metrics.get(trial_id, {})
 
-def scheduler(**options: Any) -> MultiplexScheduler:
-    return MultiplexScheduler(**({"max_epochs": 9, "grace": 1, "eta": 3} | options))
+
+def scheduler(grace: int | None = 1, eta: int = 3, history: History | None = None) -> MultiplexScheduler:
+    return MultiplexScheduler(Rungs(grace, eta), history=history)
 
 
-def report(sched: MultiplexScheduler, name: str, epoch: int, objective: float | None, category: str = "screw") -> str:
-    trial: Any = FakeTrial(name, category)
+def report(
+    sched: MultiplexScheduler,
+    name: str,
+    epoch: int,
+    objective: float | None,
+    category: str = "screw",
+    epochs: int = 9,
+) -> str:
+    trial: Any = FakeTrial(name, category, epochs)
     if epoch == 1:
         sched.on_trial_add(None, trial)  # type: ignore[arg-type]
     result = {"epoch": epoch, "training_iteration": 1} | ({} if objective is None else {"objective": objective})
@@ -68,7 +82,7 @@ def test_rungs_out_of_range_are_refused(max_epochs: int, grace: int, eta: int) -
     with pytest.raises(SSNError, match="but must be at least"):
         rung_epochs(max_epochs, grace, eta)
     with pytest.raises(SSNError, match="but must be at least"):
-        MultiplexScheduler(max_epochs=max_epochs, grace=grace, eta=eta)
+        Rungs(grace, eta).epochs(max_epochs)
 
 
 @pytest.mark.parametrize(("grace", "eta"), [(1, 2), (1, 3), (2, 3), (5, 4)])
@@ -76,16 +90,16 @@ def test_a_poor_trial_goes_at_each_of_the_rungs(grace: int, eta: int) -> None:
     """The rungs that trials report at and those that the scheduler stops at are the same, for every budget."""
     for max_epochs in range(1, 100):
         rungs = rung_epochs(max_epochs, grace, eta)
-        sched = scheduler(max_epochs=max_epochs, grace=grace, eta=eta)
+        sched = scheduler(grace, eta)
         names = [f"good{i}" for i in range(5)] + [f"poor{i}" for i in range(len(rungs))]
         for name in names:
-            report(sched, name, 1, None)
+            report(sched, name, 1, None, epochs=max_epochs)
         for i, epoch in enumerate(rungs):
             for name in names[:5]:
-                report(sched, name, epoch, 0.9)
-            assert report(sched, f"poor{i}", epoch, 0.1) == STOP
+                report(sched, name, epoch, 0.9, epochs=max_epochs)
+            assert report(sched, f"poor{i}", epoch, 0.1, epochs=max_epochs) == STOP
             for name in names[6 + i :]:
-                assert report(sched, name, epoch, 0.9) == CONTINUE
+                assert report(sched, name, epoch, 0.9, epochs=max_epochs) == CONTINUE
 
 
 def test_only_the_best_third_goes_on() -> None:
@@ -101,6 +115,29 @@ def test_categories_do_not_meet() -> None:
     assert report(sched, "hard0", 1, 0.2, category="screw") == CONTINUE
     assert report(sched, "hard1", 1, 0.3, category="screw") == CONTINUE
     assert report(sched, "hard2", 1, 0.1, category="screw") == STOP
+
+
+def test_trials_of_other_lengths_do_not_meet() -> None:
+    """Their learning rates fall at other epochs."""
+    sched = scheduler(grace=None)
+    for i in range(6):
+        assert report(sched, f"long{i}", 1, 0.9, epochs=27) == CONTINUE, "no rung of long trials"
+        report(sched, f"long{i}", 3, 0.9, epochs=27)
+    assert report(sched, "short0", 1, 0.2) == CONTINUE
+    assert report(sched, "short1", 1, 0.3) == CONTINUE
+    assert report(sched, "short2", 1, 0.1) == STOP
+    assert report(sched, "short1", 3, 0.3) == CONTINUE
+    assert report(sched, "short0", 3, 0.2) == STOP
+    assert report(sched, "long0", 9, 0.2, epochs=27) == CONTINUE, "the last epoch of short trials is a rung of these"
+    report(sched, "long6", 1, None, epochs=27)
+    assert report(sched, "long6", 3, 0.2, epochs=27) == STOP
+    assert sched.debug_string().count("epochs: ") == 2
+
+
+def test_rungs_follow_the_length() -> None:
+    rungs = Rungs(None, 3)
+    assert [rungs.epochs(e) for e in (4, 9, 90)] == [(1, 3), (1, 3), (10, 30)]
+    assert [Rungs(2, 3).epochs(e) for e in (2, 9, 90)] == [(), (2, 6), (2, 6, 18, 54)]
 
 
 def test_reports_without_objective_are_ignored() -> None:

@@ -18,15 +18,20 @@ from tuning.space import (
     AttainableRatio,
     Axis,
     Choice,
+    Condition,
     FloatRange,
+    IntRange,
+    order_axes,
     resolve_space,
     validate_space,
 )
+from tuning.weights import weights_key
 from tuning.winner import TrialRecord, select_winner
 
 EPOCHS = 9
 SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"
 WEAK = "train.weak_labels"
+WEIGHTS = {weights_key(Config().model): "weights"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +43,13 @@ def _quiet() -> Any:
 
 
 def base(**changes: Any) -> dict[str, Any]:
-    return flatten(Config()) | {"train.epochs": EPOCHS} | changes
+    return flatten(Config().resolved()) | {"train.epochs": EPOCHS} | changes
 
 
 def category(name: str, space: dict[str, Axis] | None = None) -> CategorySearch:
     if space is None:
         space = {SIGMA: FloatRange(1e-3, 0.3, log=True), THRESHOLD: FloatRange(0.0, 0.7)}
-    return CategorySearch(name, base(), space, f"data of {name}", "weights", 0)
+    return CategorySearch(name, base(), space, f"data of {name}", WEIGHTS, 0)
 
 
 def searcher(names: str = "abc", trials: int = 4, **options: Any) -> MultiplexSearcher:
@@ -74,13 +79,14 @@ SPACE = {SIGMA: FloatRange(1e-3, 0.3, log=True), THRESHOLD: FloatRange(0.0, 0.7)
 def resolve(
     space: Any, num_masks: int, num_defective: int | None = None, **changes: Any
 ) -> tuple[dict[str, Axis], list[str]]:
-    return resolve_space(
+    resolved = resolve_space(
         space,
         category="screw",
         base=base(**changes),
         attainable=attainable_ratios(num_masks),
         num_defective=num_masks if num_defective is None else num_defective,
     )
+    return dict(resolved.axes), list(resolved.notices)
 
 
 def test_ratio_is_a_choice_among_attainable_counts() -> None:
@@ -132,7 +138,8 @@ WEAK_AXIS = Choice(("drop", "use"))
 )
 def test_weak_labels_are_searched_where_an_image_is_left(num_masks: int, num_defective: int, below: float) -> None:
     axes, _ = resolve({WEAK: WEAK_AXIS, **SPACE}, num_masks, num_defective)
-    assert axes[WEAK] == Choice(("drop", "use"), ratio_below=below)
+    when = () if math.isinf(below) else (Condition(RATIO, "<", (below,)),)
+    assert axes[WEAK] == Choice(("drop", "use"), when)
     assert list(axes)[-1] == WEAK, "after the ratio that it depends on"
 
 
@@ -169,9 +176,9 @@ def test_settings_that_have_nothing_to_act_on_are_noticed(
 
 def test_weak_labels_are_searched_when_asked_for() -> None:
     assert WEAK not in SweepSettings().space()
-    space = SweepSettings(search=SearchSettings(weak_labels=True)).space()
+    space = SweepSettings(search=SearchSettings(space={WEAK: ["drop", "use"], RATIO: "attainable"})).space()
     assert space[WEAK] == WEAK_AXIS
-    assert list(space).index(WEAK) > list(space).index(RATIO)
+    assert order_axes(space) == [RATIO, WEAK]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,11 @@ def test_weak_labels_are_searched_when_asked_for() -> None:
         ({SIGMA: FloatRange(0.1, math.inf)}, "low must be less than high"),
         ({THRESHOLD: FloatRange(0.0, 0.7, log=True)}, "a log scale needs it to be positive"),
         ({"train.batch_size": FloatRange(1, 8)}, "not a continuous setting"),
-        ({"train.epochs": Choice((3, 9))}, "the same for all trials"),
+        ({"train.epochs": IntRange(3, 9)}, "trials compare only with trials as long; give a list of values"),
+        ({"train.batch_size": IntRange(9, 3)}, "low must be less than high"),
+        ({"train.batch_size": IntRange(4, 9, step=0)}, "step is 0, but must be at least 1"),
+        ({"train.batch_size": IntRange(4, 9, log=True, step=2)}, "step is 2, but must be at least 1, and 1 on a log"),
+        ({SIGMA: IntRange(1, 3)}, "not a whole number"),
         ({"train.train_seed": Choice((0, 1))}, "the same for all trials"),
         ({"eval.aupro_fpr_limit": FloatRange(0.1, 0.3)}, "the same for all trials"),
         ({"train.lr_heads": Choice(("1e-4",))}, "must be of type float"),
@@ -198,7 +209,7 @@ def test_weak_labels_are_searched_when_asked_for() -> None:
     ],
 )
 def test_meaningless_spaces_are_refused(space: dict[str, Any], message: str) -> None:
-    with pytest.raises(SSNError, match=f"^search space: .*{message}"):
+    with pytest.raises(SSNError, match=f"^search.space: .*{message}"):
         validate_space(space)
 
 
@@ -233,6 +244,12 @@ def test_budget_is_never_exceeded_and_served_round_robin() -> None:
     while (suggestion := search.suggest(f"t{len(started)}")) != "FINISHED":
         started.append(suggestion["category"])
     assert started == ["a", "b", "c"] * 4
+    assert search.suggest("late") == "FINISHED"
+
+
+def test_what_was_served_last_is_served_first_where_features_do_not_fit() -> None:
+    search = searcher("abc", trials=3, reuse_features=True)
+    assert [search.suggest(f"t{i}")["category"] for i in range(9)] == list("abccbaabc")
     assert search.suggest("late") == "FINISHED"
 
 
@@ -306,7 +323,7 @@ def test_weak_labels_are_suggested_only_where_the_ratio_leaves_an_image(weak: st
     start = base(**{WEAK: weak, RATIO: 1.0})
     space, _ = resolve({RATIO: AttainableRatio(), WEAK: WEAK_AXIS}, 3, **{WEAK: weak, RATIO: 1.0})
     search = MultiplexSearcher(
-        [CategorySearch("a", start, space, "data", "weights", 0)], sweep_id="sweep", trials_per_category=20
+        [CategorySearch("a", start, space, "data", WEIGHTS, 0)], sweep_id="sweep", trials_per_category=20
     )
     tried = []
     while (s := search.suggest(f"t{len(tried)}")) != "FINISHED":

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from tests.searches import EPOCHS, ETA, GRACE, RATIO, SIGMA, cut_short, make_search, play, quality, report
 from tuning.ledger import SweepLedger
+from tuning.rungs import Rungs
 from tuning.scheduler import MultiplexScheduler
 from tuning.search import MultiplexSearcher
 from tuning.winner import TrialRecord, select_winner
@@ -143,9 +144,13 @@ def test_rungs_know_what_ended_before(tmp_path: Path) -> None:
     resumed = make_search("ab", 8, through_files(tmp_path, cut_short(search, "cut")))
 
     def decide(history: MultiplexSearcher, category: str) -> str:
-        scheduler = MultiplexScheduler(max_epochs=EPOCHS, grace=GRACE, eta=ETA, history=history)
+        scheduler = MultiplexScheduler(Rungs(GRACE, ETA), history=history)
         scheduler.enter_earlier(history.records())
-        trial: Any = type("Trial", (), {"trial_id": "new", "config": {"category": category}})
+        trial: Any = type(
+            "Trial",
+            (),
+            {"trial_id": "new", "config": {"category": category, "index": 9, "config": {"train.epochs": EPOCHS}}},
+        )
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
         return scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": 0.0})  # type: ignore[arg-type]
 

@@ -7,6 +7,8 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.data.reader import SearchData
 from tests.planted_features import plant_features
+from tuning.champions import ChampionVersion
+from tuning.finalists import Finalist, Selection
 from tuning.sweep_result import CategoryResult, ChampionScore, leaderboard_row, parent_summary
 from tuning.winner import TrialRecord
 
@@ -35,8 +37,15 @@ def test_labels_used_with_and_without_masks_are_counted(metrics: dict[str, int],
         objectives={3: 0.9},
         metrics=dict(metrics),
     )
-    score = ChampionScore({"image_auroc": 0.8}, {}, 5, 2, b"")
-    result = CategoryResult("plate", winner, winner, [winner], score, None, "run")
+    finalist = Finalist(winner, (winner,))
+    result = CategoryResult(
+        "plate",
+        [winner],
+        selection=Selection(finalist, (finalist,)),
+        scores=[ChampionScore({"image_auroc": 0.8}, {}, 5, 2, b"")],
+        champion=ChampionVersion("made_up.plate", "1", "run", created=True),
+        run_id="run",
+    )
     data = SearchData(plant_features(pool=5, pool_masks=4).info, {})
     row = leaderboard_row(data, result)
     assert (row.train_labels, row.train_masks) == (labels, masks)
@@ -45,7 +54,5 @@ def test_labels_used_with_and_without_masks_are_counted(metrics: dict[str, int],
 
 
 def test_category_without_a_winner_has_no_labels() -> None:
-    row = leaderboard_row(
-        SearchData(plant_features().info, {}), CategoryResult("plate", None, None, [], None, None, None, "why")
-    )
+    row = leaderboard_row(SearchData(plant_features().info, {}), CategoryResult("plate", [], failure="why"))
     assert (row.train_labels, row.train_masks) == (None, None)

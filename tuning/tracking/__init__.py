@@ -6,11 +6,13 @@
 from tuning.tracking.environment import environment_tags
 from tuning.tracking.memory import MemoryTracker
 from tuning.tracking.mlflow_tracker import MLflowTracker
+from tuning.tracking.outbox import Outbox
 from tuning.tracking.protocol import RunRecord, RunStatus, Sweep, Tracker, TrialInfo, TrialState
 
 __all__ = [
     "MLflowTracker",
     "MemoryTracker",
+    "Outbox",
     "RunRecord",
     "RunStatus",
     "Sweep",

@@ -14,7 +14,7 @@ from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
 from tuning.interrupt import StopFlag
-from tuning.tracking.protocol import Sweep, Tracker, TrialInfo
+from tuning.tracking.protocol import STOP_PATIENCE_S, Sweep, Tracker, TrialInfo
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -80,6 +80,7 @@ class TrackerCallback(Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self.stop:
             self.tracker.finish_sweep(self.sweep, "KILLED")
+            self.tracker.drain(STOP_PATIENCE_S)
             self._open_runs.clear()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

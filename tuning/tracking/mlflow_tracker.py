@@ -7,30 +7,37 @@ run and no ``mlflow.set_tracking_uri``, so that nothing of it leaks into workers
 from __future__ import annotations
 
 import getpass
+import itertools
 import logging
 import os
 import sqlite3
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from ssn.errors import SSNError
+from tuning.tracking.journal import FULL
 from tuning.tracking.protocol import (
+    CLOSE_PATIENCE_S,
     MODEL_ARTIFACT_PATH,
     STATUS_OF_STATE,
     TRIAL_MODEL_FILES,
+    ArtifactsUnavailableError,
     RunRecord,
     RunSpec,
     RunStatus,
     Sweep,
+    TrackerUnavailableError,
     TrialInfo,
     TrialState,
     describe_parent,
     describe_trial,
+    now_ms,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +50,7 @@ PARENT_RUN_TAG = "mlflow.parentRunId"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's pages open with training runs and their charts, not with those for language models."""
 PROBE_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 60
 FLUSH_INTERVAL_S = 2.0
 """Metrics wait at most this long, so that short epochs of many trials do not stall the driver with one request each."""
 
@@ -99,6 +107,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # logs the traceback of what it raises, at every attempt
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -113,10 +123,13 @@ def explained(tracking_uri: str) -> Iterator[None]:
     except MlflowException as error:
         text = one_line(error)
         if text.startswith("API request to"):
-            raise SSNError(
+            raise TrackerUnavailableError(
                 f"MLflow at {tracking_uri} does not answer ({text}); start it, mend the address, or leave the tracking "
-                "URI out to use a local SQLite file"
+                "URI out to use a local SQLite file",
+                may_be_the_call="too many 500 error responses" in text,
             ) from error
+        if error.error_code == "TEMPORARILY_UNAVAILABLE":
+            raise TrackerUnavailableError(f"MLflow's database {tracking_uri} is not available ({text})") from error
         if "out-of-date database schema" in text:
             raise SSNError(
                 f"{tracking_uri} was written by another MLflow version; run: mlflow db upgrade {tracking_uri}"
@@ -128,26 +141,61 @@ def explained(tracking_uri: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _uploading(tracking_uri: str) -> Iterator[None]:
+    """Whatever keeps a file from being stored, a full disk or an object store that is away, may pass."""
+    try:
+        yield
+    except TrackerUnavailableError as error:
+        raise ArtifactsUnavailableError(str(error)) from error
+    except Exception as error:  # the clients of object stores have no common base
+        if isinstance(error, OSError) and error.errno in FULL:
+            reason = f"no space left where MLflow at {tracking_uri} keeps artifacts; make some"
+        else:
+            reason = f"MLflow at {tracking_uri} cannot store artifacts now ({one_line(error)})"
+        raise ArtifactsUnavailableError(reason) from error
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An exception's message on one line, cut at ``limit`` characters; the type's name where it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-@contextmanager
-def _quick_to_fail() -> Iterator[None]:
-    """MLflow's HTTP requests give up after seconds instead of its minutes of retries."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_TIMEOUT_S)}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+class _FewRetries:
+    """MLflow's HTTP requests give up at once instead of after its minutes of retries.
+
+    MLflow reads that from the environment, which all threads share: the first to enter sets it, the last to leave
+    restores it.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._inside = 0
+        self._before: dict[str, str | None] = {}
+
+    @contextmanager
+    def __call__(self, timeout_s: int) -> Iterator[None]:
+        wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+        with self._mutex:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = {name: os.environ.get(name) for name in wanted}
+                os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._inside -= 1
+                if self._inside == 0:
+                    for name, value in self._before.items():
+                        if value is None:
+                            del os.environ[name]
+                        else:
+                            os.environ[name] = value
+
+
+few_retries = _FewRetries()
 
 
 class MLflowTracker:
@@ -157,9 +205,10 @@ class MLflowTracker:
         tracking_uri: Any MLflow tracking URI: a server, or ``sqlite:///<path>``.
         artifact_root: Folder or URI under which new experiments keep their artifacts, one subfolder per dataset. By
             default ``mlruns`` beside a SQLite database, and whatever the server decides otherwise.
+        persistent: Whether requests that fail are repeated, for minutes; whoever tries again by itself says False.
     """
 
-    def __init__(self, tracking_uri: str, *, artifact_root: str | None = None) -> None:
+    def __init__(self, tracking_uri: str, *, artifact_root: str | None = None, persistent: bool = True) -> None:
         self.tracking_uri = absolute_uri(tracking_uri)
         database = sqlite_path(tracking_uri)
         if artifact_root is None and database is not None:
@@ -167,6 +216,7 @@ class MLflowTracker:
         elif artifact_root is not None and "://" not in artifact_root:
             artifact_root = Path(artifact_root).absolute().as_uri()
         self.artifact_root = artifact_root
+        self.persistent = persistent
         self._forget()
 
     def _forget(self) -> None:
@@ -178,7 +228,7 @@ class MLflowTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {"tracking_uri": self.tracking_uri, "artifact_root": self.artifact_root}
+        return {name: getattr(self, name) for name in ("tracking_uri", "artifact_root", "persistent")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -191,44 +241,56 @@ class MLflowTracker:
             self._client_or_none = open_client(self.tracking_uri)
         return self._client_or_none
 
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        with explained(self.tracking_uri), nullcontext() if self.persistent else few_retries(REQUEST_TIMEOUT_S):
+            yield
+
     def check(self) -> None:
         database = sqlite_path(self.tracking_uri)
         if database is not None:
             _check_sqlite(database)
-        with _quick_to_fail(), explained(self.tracking_uri):
+        with few_retries(PROBE_TIMEOUT_S), self._talking():
             self.client.search_experiments(max_results=1)
 
-    def start_sweep(self, sweep: Sweep) -> dict[str, str]:
-        with explained(self.tracking_uri):
-            return {c: self._open(sweep, describe_parent(sweep, c), parent=None) for c in sweep.categories}
+    def start_sweep(self, sweep: Sweep, *, at_ms: int | None = None) -> dict[str, str]:
+        with self._talking():
+            return {
+                c: self._open(sweep, describe_parent(sweep, c), parent=None, at_ms=at_ms)[0] for c in sweep.categories
+            }
 
-    def start_trial(self, sweep: Sweep, trial: TrialInfo) -> str:
+    def start_trial(self, sweep: Sweep, trial: TrialInfo, *, at_ms: int | None = None) -> str:
         from mlflow.entities import Param
 
-        with explained(self.tracking_uri):
+        with self._talking():
             parent_spec = describe_parent(sweep, trial.category)
-            parent = self._known_runs(sweep).get(parent_spec.run_key) or self._open(sweep, parent_spec, parent=None)
-            run_id = self._open(sweep, describe_trial(sweep, trial), parent=parent)
-            run = self.client.get_run(run_id)
-            for tag in ("trial_state", "error"):
-                if tag in run.data.tags:
-                    self.client.delete_tag(run_id, tag)
-            # A driver that died between the run's creation and this request left it without parameters.
+            parent = self._known_runs(sweep).get(parent_spec.run_key)
+            if parent is None:
+                parent, _ = self._open(sweep, parent_spec, parent=None, at_ms=at_ms)
+            run_id, created = self._open(sweep, describe_trial(sweep, trial), parent=parent, at_ms=at_ms)
+            written: Mapping[str, str] = {}
+            self._last_epochs[run_id] = 0
+            if not created:
+                data = self.client.get_run(run_id).data
+                # A driver that died between the run's creation and this request left it without parameters.
+                written = data.params
+                self._last_epochs[run_id] = int(data.metrics.get("epoch", 0))
+                for tag in ("trial_state", "error"):
+                    if tag in data.tags:
+                        self.client.delete_tag(run_id, tag)
             missing = [
-                Param(key, str(value)[:MAX_PARAM_LENGTH])
-                for key, value in trial.config.items()
-                if key not in run.data.params
+                Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in trial.config.items() if key not in written
             ]
             for batch in _batches(missing, MAX_ENTRIES_PER_BATCH):
                 self.client.log_batch(run_id, params=batch)
-            self._last_epochs[run_id] = int(run.data.metrics.get("epoch", 0))
             return run_id
 
-    def _open(self, sweep: Sweep, spec: RunSpec, *, parent: str | None) -> str:
+    def _open(self, sweep: Sweep, spec: RunSpec, *, parent: str | None, at_ms: int | None) -> tuple[str, bool]:
+        """The id of the run, RUNNING, and whether it is new."""
         known = self._known_runs(sweep)
         if spec.run_key in known:
             self.client.update_run(known[spec.run_key], status="RUNNING")
-            return known[spec.run_key]
+            return known[spec.run_key], False
         tags = {key: value[:MAX_TAG_LENGTH] for key, value in spec.tags.items()}
         # The names under which MLflow's own pages show parent, user, source and commit.
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": "tuning", "mlflow.source.type": "LOCAL"}
@@ -236,9 +298,16 @@ class MLflowTracker:
             tags["mlflow.source.git.commit"] = tags["git_commit"]
         if parent is not None:
             tags[PARENT_RUN_TAG] = parent
-        run = self.client.create_run(self._experiment_id(sweep.dataset), tags=tags, run_name=spec.name)
+        try:
+            run = self.client.create_run(
+                self._experiment_id(sweep.dataset), start_time=at_ms, tags=tags, run_name=spec.name
+            )
+        except Exception:
+            # The run may be there all the same, its answer lost: whoever tries again must look first.
+            del self._run_ids[sweep.sweep_id]
+            raise
         known[spec.run_key] = run.info.run_id
-        return cast(str, run.info.run_id)
+        return cast(str, run.info.run_id), True
 
     def _known_runs(self, sweep: Sweep) -> dict[str, str]:
         """Run key -> run id of a sweep, read once: this process is the only one that adds to it."""
@@ -265,49 +334,82 @@ class MLflowTracker:
         return self._experiment_ids[dataset]
 
     def log_epoch(
-        self, run_id: str, epoch: int, metrics: Mapping[str, float], *, tags: Mapping[str, str] | None = None
+        self,
+        run_id: str,
+        epoch: int,
+        metrics: Mapping[str, float],
+        *,
+        tags: Mapping[str, str] | None = None,
+        at_ms: int | None = None,
     ) -> None:
         from mlflow.entities import Metric
 
-        if epoch <= self._last_epochs.get(run_id, 0):
+        if run_id not in self._last_epochs:
+            with self._talking():
+                self._last_epochs[run_id] = int(self.client.get_run(run_id).data.metrics.get("epoch", 0))
+        if epoch <= self._last_epochs[run_id]:
             return
         self._last_epochs[run_id] = epoch
         pending = self._pending.setdefault(run_id, _Pending())
-        now_ms = int(time.time() * 1000)
-        pending.metrics += [Metric(k, float(v), now_ms, epoch) for k, v in {**metrics, "epoch": epoch}.items()]
+        at = at_ms or now_ms()
+        pending.metrics += [Metric(k, float(v), at, epoch) for k, v in {**metrics, "epoch": epoch}.items()]
         pending.tags |= tags or {}
         if len(pending.metrics) >= MAX_METRICS_PER_BATCH or time.monotonic() - pending.since_s >= FLUSH_INTERVAL_S:
             self.flush(run_id)
 
     def flush(self, run_id: str | None = None) -> None:
-        from mlflow.entities import RunTag
-
         for each in [run_id] if run_id is not None else list(self._pending):
             pending = self._pending.get(each)
             if pending is None:
                 continue
-            with explained(self.tracking_uri):
-                for metrics in _batches(pending.metrics, MAX_METRICS_PER_BATCH):
-                    self.client.log_batch(each, metrics=metrics)
-                if pending.tags:
-                    tags = [RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in pending.tags.items()]
-                    self.client.log_batch(each, tags=tags)
+            try:
+                with self._talking():
+                    self._write(each, pending.metrics, pending.tags)
+            except TrackerUnavailableError:
+                raise  # writing the same again later does no harm
+            except Exception:
+                del self._pending[each]  # refused once, refused for ever
+                raise
             del self._pending[each]
 
+    def _write(self, run_id: str, metrics: Sequence[Metric], tags: Mapping[str, str]) -> None:
+        """Metrics and tags in as few requests as MLflow's limits allow."""
+        from mlflow.entities import RunTag
+
+        metric_batches = list(_batches(list(metrics), MAX_METRICS_PER_BATCH - MAX_ENTRIES_PER_BATCH))
+        run_tags = [RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
+        tag_batches = list(_batches(run_tags, MAX_ENTRIES_PER_BATCH))
+        for some_metrics, some_tags in itertools.zip_longest(metric_batches, tag_batches, fillvalue=()):
+            self.client.log_batch(run_id, metrics=some_metrics, tags=some_tags)
+
+    def drain(self, patience_s: float) -> bool:
+        self.flush()
+        return True
+
+    def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        self.flush()
+
     def finish_trial(
-        self, run_id: str, state: TrialState, *, error: str | None = None, artifact_dir: Path | None = None
+        self,
+        run_id: str,
+        state: TrialState,
+        *,
+        error: str | None = None,
+        artifact_dir: Path | None = None,
+        at_ms: int | None = None,
     ) -> None:
         if state == "COMPLETE" and artifact_dir is None:
             raise ValueError("a complete trial has a model to log")
-        self.flush(run_id)
-        with explained(self.tracking_uri):
-            if artifact_dir is not None:
+        if artifact_dir is not None:
+            self.flush(run_id)  # numbers are there whatever becomes of the files
+            with _uploading(self.tracking_uri), self._talking():
                 for name in TRIAL_MODEL_FILES:
                     self.client.log_artifact(run_id, str(artifact_dir / name), MODEL_ARTIFACT_PATH)
-            if error is not None:
-                self.client.set_tag(run_id, "error", error[:MAX_TAG_LENGTH])
-            self.client.set_tag(run_id, "trial_state", state)
-            self.client.set_terminated(run_id, STATUS_OF_STATE[state])
+        pending = self._pending.setdefault(run_id, _Pending())
+        pending.tags |= {"trial_state": state, **({} if error is None else {"error": error})}
+        self.flush(run_id)
+        with self._talking():
+            self.client.set_terminated(run_id, STATUS_OF_STATE[state], end_time=at_ms)
 
     def log_summary(
         self,
@@ -317,27 +419,25 @@ class MLflowTracker:
         tags: Mapping[str, str] | None = None,
         files: Sequence[Path] = (),
         artifact_path: str | None = None,
+        at_ms: int | None = None,
     ) -> None:
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
-        with explained(self.tracking_uri):
-            self.client.log_batch(
-                run_id,
-                metrics=[Metric(key, float(value), now_ms, 0) for key, value in (metrics or {}).items()],
-                tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in (tags or {}).items()],
-            )
+        at = at_ms or now_ms()
+        with self._talking():
+            self._write(run_id, [Metric(k, float(v), at, 0) for k, v in (metrics or {}).items()], tags or {})
+        with _uploading(self.tracking_uri), self._talking():
             for file in files:
                 self.client.log_artifact(run_id, str(file), artifact_path)
 
-    def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED") -> None:
+    def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED", *, at_ms: int | None = None) -> None:
         self.flush()
         for record in self.find_runs(sweep.dataset, sweep_id=sweep.sweep_id):
             if record.parent_run_id is None:
-                with explained(self.tracking_uri):
-                    self.client.set_terminated(record.run_id, status)
+                with self._talking():
+                    self.client.set_terminated(record.run_id, status, end_time=at_ms)
             elif record.status == "RUNNING":
-                self.finish_trial(record.run_id, "INTERRUPTED")
+                self.finish_trial(record.run_id, "INTERRUPTED", at_ms=at_ms)
 
     def find_runs(self, dataset: str, *, sweep_id: str | None = None, category: str | None = None) -> list[RunRecord]:
         wanted = {"sweep_id": sweep_id, "category": category}
@@ -345,7 +445,7 @@ class MLflowTracker:
         # Runs that others logged into an experiment of the same name have no run key, and are left alone.
         query = " AND ".join(["tags.run_key LIKE '%/%'", *clauses])
         records: list[RunRecord] = []
-        with explained(self.tracking_uri):
+        with self._talking():
             experiment = self.client.get_experiment_by_name(dataset)
             if experiment is None:
                 return []
@@ -365,11 +465,11 @@ class MLflowTracker:
 
     def metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         self.flush(run_id)
-        with explained(self.tracking_uri):
+        with self._talking():
             return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, metric))
 
     def list_artifacts(self, run_id: str, path: str = MODEL_ARTIFACT_PATH) -> list[str]:
-        with explained(self.tracking_uri):
+        with self._talking():
             return sorted(item.path for item in self.client.list_artifacts(run_id, path) if not item.is_dir)
 
 
@@ -409,6 +509,8 @@ def _to_record(run: Run) -> RunRecord:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
         tags=tags,
+        started_ms=run.info.start_time,
+        ended_ms=None if run.info.status == "RUNNING" else run.info.end_time,
     )
 
 

@@ -7,10 +7,13 @@ sweep continues the runs that the interrupted one began, instead of opening new 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+
+from ssn.errors import SSNError
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 """What the tracker's own interface shows."""
@@ -29,6 +32,9 @@ STATUS_OF_STATE: dict[TrialState, RunStatus] = {
 PARENT_STAGE = "sweep"
 """Stage of a category's parent run."""
 
+FINALIST_STAGE = "finalist"
+"""Stage of the runs that repeat a category's best trials with other seeds."""
+
 BENCHMARK_STAGE = "benchmark"
 """Stage of a benchmark's one parent run and of the runs below it; leaderboards and champions leave them alone."""
 
@@ -40,6 +46,25 @@ MODEL_ARTIFACT_PATH = "model"
 
 TRIAL_MODEL_FILES = ("config.json", "heads.safetensors", "meta.json")
 """The files of a trained model that a trial keeps; the frozen backbone is left out, its digest is in ``meta.json``."""
+
+
+CLOSE_PATIENCE_S = 60.0
+"""How long a tracker's store may be away at the end before the rest is left for later."""
+STOP_PATIENCE_S = 3.0
+"""Likewise for a sweep that was told to stop; whoever told it may kill it soon."""
+
+
+class TrackerUnavailableError(SSNError):
+    """The tracker's store cannot be reached now; the same call may succeed later."""
+
+    def __init__(self, message: str, *, may_be_the_call: bool = False) -> None:
+        super().__init__(message)
+        self.may_be_the_call = may_be_the_call
+        """The store answered, but with an error of its own, which may or may not come from what was asked of it."""
+
+
+class ArtifactsUnavailableError(TrackerUnavailableError):
+    """Files cannot be stored now, for lack of space or because their store is away; numbers can."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,10 @@ class RunRecord:
     metrics: Mapping[str, float]
     """Last value of each metric."""
     tags: Mapping[str, str]
+    started_ms: int | None = None
+    """In milliseconds since 1970, when the run was first opened."""
+    ended_ms: int | None = None
+    """None while it runs."""
 
     @property
     def category(self) -> str:
@@ -146,21 +175,28 @@ def _describe(sweep: Sweep, category: str, stage: str, trial_key: str, name: str
     return RunSpec(run_key, name, {**sweep.tags, **sweep.categories[category], **tags, **own})
 
 
-def count_scores(runs: Sequence[RunRecord], *, category: str, test_fingerprint: str, besides: str | None = None) -> int:
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def count_scores(
+    runs: Sequence[RunRecord], *, category: str, test_fingerprint: str, besides: Collection[str] = ()
+) -> int:
     """How many runs, of sweeps and benchmarks, have been scored on a test split.
 
     Args:
         runs: Of the dataset.
         category: Whose test split.
         test_fingerprint: Of the split as it is now.
-        besides: A run that does not count, by its id.
+        besides: Runs that do not count, by their ids.
     """
     return sum(
         any(metric.startswith("test_") for metric in run.metrics)
         and run.tags.get("test_fingerprint") == test_fingerprint
         and run.category == category
         and run.parent_run_id is not None
-        and run.run_id != besides
+        and run.run_id not in besides
         for run in runs
     )
 
@@ -171,6 +207,9 @@ class Tracker(Protocol):
 
     Implementations pickle (Ray copies callbacks), dropping clients and open handles; none may be used by two processes
     at once for the same sweep.
+
+    A run is named by its *handle*, which is the store's id or, where a tracker writes later, the run key; every method
+    takes either. ``at_ms`` says when something happened, in milliseconds since 1970, where that is not now.
     """
 
     def check(self) -> None:
@@ -182,35 +221,56 @@ class Tracker(Protocol):
             SSNError: it cannot be reached; one line that names the URI and the way out.
         """
 
-    def start_sweep(self, sweep: Sweep) -> dict[str, str]:
+    def start_sweep(self, sweep: Sweep, *, at_ms: int | None = None) -> dict[str, str]:
         """Find or create the parent run of every category, or of the benchmark, and mark it RUNNING.
 
         Returns:
-            Category -> parent run id.
+            Category -> handle of its parent run.
         """
 
-    def start_trial(self, sweep: Sweep, trial: TrialInfo) -> str:
-        """Find or create the trial's run below its category's parent run, mark it RUNNING, and return its id.
+    def start_trial(self, sweep: Sweep, trial: TrialInfo, *, at_ms: int | None = None) -> str:
+        """Find or create the trial's run below its category's parent run, mark it RUNNING, and return its handle.
 
         A run that exists keeps its parameters and metrics; its ``trial_state`` and ``error`` tags are cleared.
         """
 
     def log_epoch(
-        self, run_id: str, epoch: int, metrics: Mapping[str, float], *, tags: Mapping[str, str] | None = None
+        self,
+        run_id: str,
+        epoch: int,
+        metrics: Mapping[str, float],
+        *,
+        tags: Mapping[str, str] | None = None,
+        at_ms: int | None = None,
     ) -> None:
         """Log metrics at ``step=epoch`` (1 is the first). Ignored where the run already has that epoch, as after a
         restore from an earlier checkpoint. May be buffered until :meth:`flush`."""
 
     def flush(self, run_id: str | None = None) -> None:
-        """Write what is buffered, for one run or for all."""
+        """Make what is buffered, for one run or for all, outlive this process."""
+
+    def drain(self, patience_s: float) -> bool:
+        """Wait until the store has everything; False once nothing has moved for ``patience_s``."""
+
+    def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        """Drain, and let go of the store; what cannot be written is kept, and a line on stderr says where.
+
+        The tracker may be used again.
+        """
 
     def finish_trial(
-        self, run_id: str, state: TrialState, *, error: str | None = None, artifact_dir: Path | None = None
+        self,
+        run_id: str,
+        state: TrialState,
+        *,
+        error: str | None = None,
+        artifact_dir: Path | None = None,
+        at_ms: int | None = None,
     ) -> None:
         """End a trial's run.
 
         Args:
-            run_id: Of :meth:`start_trial`.
+            run_id: Its handle.
             state: Decides the run's status and its ``trial_state`` tag.
             error: One line, kept as the ``error`` tag of a failed trial.
             artifact_dir: Folder whose :data:`TRIAL_MODEL_FILES` become the artifact ``model``; required for COMPLETE.
@@ -224,10 +284,11 @@ class Tracker(Protocol):
         tags: Mapping[str, str] | None = None,
         files: Sequence[Path] = (),
         artifact_path: str | None = None,
+        at_ms: int | None = None,
     ) -> None:
         """Add final numbers, tags and files (pictures, leaderboards) to any run, whatever its status."""
 
-    def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED") -> None:
+    def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED", *, at_ms: int | None = None) -> None:
         """End the sweep's parent runs with ``status``; any child still RUNNING becomes KILLED (INTERRUPTED)."""
 
     def find_runs(self, dataset: str, *, sweep_id: str | None = None, category: str | None = None) -> list[RunRecord]:
