@@ -66,6 +66,9 @@ class SearchSettings:
     the complete ones."""
     max_gpu_hours: float | None = None
     """GPUs held times hours, over all trials; past it, as past the time budget."""
+    storage: str | None = None
+    """Optuna RDB URL of the studies, such as ``postgresql://...``, for Optuna's dashboard; None: a SQLite file in the
+    sweep's folder, or none where that is an object store."""
 
 
 @dataclass(frozen=True)
