@@ -236,11 +236,9 @@ class Crowning:
 
         scores = []
         for run, pending in zip(candidate.selection.winner.runs, scoring, strict=True):
-            if isinstance(pending, ChampionScore):
-                scores.append(pending)
-                continue
-            scores.append(cast(ChampionScore, ray.get(pending)))
-            self.ledger.write_score(name, run.trial_key, scores[-1])
+            score = pending if isinstance(pending, ChampionScore) else cast(ChampionScore, ray.get(pending))
+            self.ledger.write_score(name, run.trial_key, score)
+            scores.append(score)
         return scores
 
     def _register(

@@ -18,6 +18,7 @@ from ssn.features import extract, prepare_backbone
 from tuning.champions import ALIAS
 from tuning.crown import Crowning
 from tuning.finalists import Finalist, Selection
+from tuning.ledger import SweepLedger
 from tuning.settings import SweepSettings
 from tuning.sweep_result import CategoryResult
 from tuning.tracking import MLflowTracker, Sweep, TrialInfo
@@ -51,7 +52,7 @@ class Factory:
             data_uri=str(Path(data._shards["train"].folder_uri.removeprefix("file://")).parents[1]),
             data={"widget": data},
             placement=Placement(num_workers=0, use_gpu=False, cpus=1, gpus=0),
-            sweep_id=sweep_id,
+            ledger=SweepLedger.open(self.model.parent / "runs", sweep_id),
             tracker=self.tracker,
             console=Console(quiet=True),
         )
@@ -128,3 +129,31 @@ def test_old_champion_stays_unless_it_is_beaten(factory: Factory) -> None:
     assert [run.tags["test_split_scored_times"] for run in factory.scored("s4")] == ["4"]
     assert factory.tracker.client.get_model_version_by_alias("tiny.widget", ALIAS).run_id == fourth.run_id
     assert "takes its place" in fourth.notices()[0]
+
+
+def test_sweep_that_goes_on_scores_and_registers_nothing_twice(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the test split was asked, then again after the champion was registered."""
+    from tuning import crown
+
+    asked: list[bool] = []
+    score = crown.score_champion
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        asked.append(True)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(crown, "score_champion", count)
+    with monkeypatch.context() as dying:
+        dying.setattr(Crowning, "_register", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            factory.crown("s1", 0.8, 0.9)
+    assert len(asked) == 2
+    first, second = factory.crown("s1", 0.8, 0.9), factory.crown("s1", 0.8, 0.9)
+    assert len(asked) == 2
+    assert first.champion == second.champion
+    assert first.champion is not None
+    assert first.score == second.score
+    assert len(factory.tracker.client.search_model_versions("name = 'tiny.widget'")) == 1
+    assert [run.tags["test_split_scored_times"] for run in factory.scored("s1")] == ["1", "2"]
