@@ -29,7 +29,7 @@ from tuning.progress import summarise
 from tuning.rungs import Rungs
 from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.settings import ObjectiveSettings, SearchSettings, SweepSettings
+from tuning.settings import ObjectiveSettings, SweepSettings
 from tuning.space import Axis, CategorySpace, Choice, FloatRange
 from tuning.study_database import StudyDatabase
 from tuning.weights import weights_key
@@ -116,12 +116,6 @@ def test_latency_that_nothing_changes_is_refused() -> None:
     check_against(ObjectiveSettings(against="latency"), {*SPACE, "model.variant"})
     with pytest.raises(SSNError, match=r"^objective.against is latency, but no searched setting changes the network's"):
         check_against(ObjectiveSettings(against="latency"), SPACE)
-
-
-@pytest.mark.parametrize("objective", [{"against": "labels"}, {"max_masks": 3}, {"max_latency_ms": 9.0}])
-def test_shared_search_weighs_nothing(objective: dict[str, Any]) -> None:
-    with pytest.raises(SSNError, match=r"^search.shared tries one configuration on every category and weighs nothing"):
-        SweepSettings(search=SearchSettings(shared=True), objective=ObjectiveSettings(**objective))
 
 
 def test_progress_knows_no_best_while_all_are_infeasible() -> None:
