@@ -215,10 +215,10 @@ class Options:
     draws: Literal["shared", "own"]
 
     def config(self, num_images: int, seed: int) -> Config:
-        """Our settings: the defaults, but for anomalib's variant and its length of an epoch."""
+        """Our settings: the defaults, but for anomalib's variant, precision and length of an epoch."""
         return Config(
             model=ModelConfig(variant=VARIANT, backbone=self.backbone, weights=self.weights),
-            data=DataConfig(image_size=(self.size, self.size)),
+            data=DataConfig(image_size=(self.size, self.size), feature_dtype="fp32"),
             eval=EvalConfig(size=(self.size, self.size)),
             synthesis=SynthesisConfig(noise_sigma=self.sigma, perlin_threshold=0.2),
             train=TrainConfig(epochs=self.epochs, batch_size=self.batch, draws_per_epoch=num_images, train_seed=seed),
