@@ -46,8 +46,13 @@ def main() -> None:
 
 @app.command()
 def sweep(
-    dataset: DatasetArgument,
-    data: DataOption,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(metavar="DATASET", help="Name of a dataset manifest, or the path of your own (YAML)."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="URI", help="Where ingest wrote: a folder, s3://, gs://.")
+    ] = None,
     category: Annotated[
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
@@ -96,8 +101,19 @@ def sweep(
         typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
     ] = None,
     out: Annotated[
-        str, typer.Option("--out", metavar="URI", help="Where Ray keeps the sweep's state: a folder, s3://, gs://.")
+        str, typer.Option("--out", metavar="URI", help="Where the sweep keeps its state: a folder, s3://, gs://.")
     ] = "runs",
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="ID",
+            help="Go on with a sweep below --out that was interrupted or died; it needs neither DATASET nor --data.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: also try trials again that failed.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Tune every category of a dataset and register one champion each."""
@@ -112,10 +128,33 @@ def sweep(
         *(["search.transfer=true"] if transfer else ()),
         *([f"objective.against={against}"] if against is not None else ()),
     ]
-    name = dataset_name(dataset)
+    name = None if dataset is None else dataset_name(dataset)
     categories = tuple(category) if category else None
-    defaults = read_defaults(data, name, categories)
-    settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=defaults)
+    if resume is not None:
+        from tuning.resume import read_resumed
+
+        resumed = read_resumed(
+            out,
+            resume,
+            dataset=name,
+            data_uri=data,
+            categories=categories,
+            files=config or (),
+            sets=sets,
+            retry_failed=retry_failed,
+        )
+        settings = resumed.settings
+        name, data, categories = resumed.description["dataset"], resumed.description["data_uri"], resumed.categories
+        tracking_uri = tracking_uri or resumed.description["tracking_uri"]
+    elif name is None or data is None:
+        raise SSNError("a sweep needs DATASET and --data URI, or --resume ID")
+    elif retry_failed:
+        raise SSNError("--retry-failed goes with --resume ID")
+    else:
+        resumed = None
+        settings = load_config(
+            SweepSettings, files=config or (), sets=sets, defaults=read_defaults(data, name, categories)
+        )
 
     from tuning.sweep import sweep as run_sweep  # after the settings are known to be right: Ray takes seconds
 
@@ -126,6 +165,7 @@ def sweep(
         categories=categories,
         tracking_uri=resolve_tracking_uri(tracking_uri),
         out=out,
+        resumed=resumed,
     )
     show_leaderboard(result.leaderboard)
     if result.comparison is not None:

@@ -89,23 +89,24 @@ def hypervolume(points: Sequence[Point], *, worst_objective: float, worst_cost: 
     return area
 
 
-def front_trials(trials: Sequence[TrialRecord], against: Against) -> list[TrialRecord]:
-    """The trials on a category's front; without ``against``, every complete trial that keeps all bounds."""
-    points = make_points(trials, against)
-    kept = {p.index for p in (pareto_front(points) if against != "none" else points)}
-    return [t for t in trials if t.index in kept and t.feasible]
+def contenders(trials: Sequence[TrialRecord], objective: ObjectiveSettings) -> Sequence[TrialRecord]:
+    """The trials of a category among which its champion is chosen, by objective, as without a front.
 
+    Where the objective is weighed against a cost, those on the front, or, for ``objective.pick=knee``, at its knee; so
+    the cheapest wins of those with the highest objective.
 
-def choose_candidates(trials: Sequence[TrialRecord], objective: ObjectiveSettings) -> list[TrialRecord]:
-    """The trials of a category among which its champion is chosen by objective.
+    Args:
+        trials: Of the category.
+        objective: What is weighed against what, and how a front's champion is picked.
 
-    The complete ones; where the objective is weighed against a cost, those on the front, so that of equals the cheapest
-    wins, or, for ``objective.pick=knee``, the one at its knee. Where none qualifies, all, so that whoever chooses can say
-    why.
+    Returns:
+        All trials where no front is asked for, or where there is none, so that it can be said why there is no champion.
     """
-    front = front_trials(trials, objective.against)
-    if objective.pick == "knee" and objective.against != "none" and front:
-        points = {p.index: p for p in make_points(front, objective.against)}
-        chosen = knee(pareto_front(list(points.values())))
-        front = [t for t in front if _equal(points[t.index], chosen)]
-    return front or list(trials)
+    if objective.against == "none":
+        return trials
+    front = pareto_front(make_points(trials, objective.against))
+    if objective.pick == "knee" and front:
+        chosen = knee(front)
+        front = [p for p in front if _equal(p, chosen)]
+    indices = {p.index for p in front}
+    return [t for t in trials if t.index in indices] or trials

@@ -274,8 +274,8 @@ def leaderboard_from_runs(
     ]
     decisions = [parent.tags["decision"] for parent in parents if "decision" in parent.tags]
     ended_by = dict.fromkeys(parent.tags["ended_by"] for parent in parents if "ended_by" in parent.tags)
-    notes = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=notes)
+    found = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=found)
 
 
 def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from tuning.settings import Against
+    from tuning.winner import TrialRecord
 
 TIME_ATTR = "epoch"
 METRIC = "objective"
 
 
 class ObjectiveHistory(Protocol):
-    """Who remembers what trials reported, across restores; :class:`tuning.search.MultiplexSearcher` does."""
+    """Who remembers what trials reported, across resumes; :class:`tuning.search.MultiplexSearcher` does."""
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
         """Objective by epoch; empty if the trial is unknown."""
@@ -35,6 +37,14 @@ class ObjectiveHistory(Protocol):
     def recorded_metrics(self, trial_id: str) -> Mapping[str, Any]:
         """The last report, whole; empty if the trial is unknown."""
         ...
+
+
+@dataclass(frozen=True)
+class _EarlierTrial:
+    """As much of a Tune trial as a scheduler looks at."""
+
+    trial_id: str
+    config: dict[str, Any]
 
 
 class MultiplexScheduler(FIFOScheduler):
@@ -48,7 +58,8 @@ class MultiplexScheduler(FIFOScheduler):
     trial whose objective is not finite is stopped at once, whatever the epoch below the last, and counts as the worst
     of its rung.
 
-    Tune restores a scheduler empty; with a ``history``, the rungs are filled again as restored trials are added.
+    With a ``history``, the rungs know what trials reported before a resume: those that had ended
+    (:meth:`enter_earlier`), and those that go on, as Tune adds them.
 
     Args:
         rungs: When trials are compared.
@@ -68,7 +79,7 @@ class MultiplexScheduler(FIFOScheduler):
         return metric is None and mode is None
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Enter a trial, with what it reported before a restore."""
+        """Enter a trial, with what it reported before a resume."""
         halving = self._halving(trial)
         if self._history is None:
             return
@@ -76,6 +87,13 @@ class MultiplexScheduler(FIFOScheduler):
         if is_feasible(metrics):
             for epoch, objective in sorted(self._history.recorded_objectives(trial.trial_id).items()):
                 halving.goes_on(trial.trial_id, epoch, objective, trial_cost(metrics, self._against))
+
+    def enter_earlier(self, records: Iterable[TrialRecord]) -> None:
+        """Compare what comes with trials that ended before a resume, which Tune never sees."""
+        for record in records:
+            if record.state != "running":
+                trial: Any = _EarlierTrial(record.trial_id, {"category": record.category, "config": record.config})
+                self.on_trial_add(None, trial)  # type: ignore[arg-type]
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """``STOP`` or ``CONTINUE``."""

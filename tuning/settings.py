@@ -54,6 +54,11 @@ class SearchSettings:
     """Of the search; it draws suggestions, not weights or noise."""
     max_concurrent: int | None = None
     """Most trials at once; None: as many as the cluster holds."""
+    warm_start: bool = True
+    """Whether the second trial of a category is its registered champion's configuration, where there is one."""
+    transfer: bool = False
+    """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
+    three trials of each category, and a quarter of its budget."""
     max_trials: int | None = None
     """Most trials of all categories together; None: ``trials`` of each."""
     time_budget: str | None = None
@@ -61,11 +66,9 @@ class SearchSettings:
     the complete ones."""
     max_gpu_hours: float | None = None
     """GPUs held times hours, over all trials; past it, as past the time budget."""
-    warm_start: bool = True
-    """Whether the second trial of a category is its registered champion's configuration, where there is one."""
-    transfer: bool = False
-    """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
-    three trials of each category, and a quarter of its budget."""
+    storage: str | None = None
+    """Optuna RDB URL of the studies, such as ``postgresql://...``, for Optuna's dashboard; None: a SQLite file in the
+    sweep's folder, or none where that is an object store."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
 
+MAX_FAILURES = 2
+"""How often a trial is tried again after its process died."""
+
 
 @dataclass(frozen=True)
 class SharedFeatures:
@@ -73,6 +76,7 @@ def run_tune(
     stop: StopFlag,
     stopper: Stopper | None = None,
     finish: Finish | None = None,
+    num_to_keep: int | None = 1,
     features: SharedFeatures | None = None,
 ) -> Tuner:
     """Run all trials to their end, or until an interrupt sets ``stop`` or ``stopper`` says so.
@@ -91,6 +95,8 @@ def run_tune(
         stop: Shared with the callbacks.
         stopper: Ends the run when a budget is spent; None: there is none.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
+        num_to_keep: Checkpoints of a trial that Tune keeps; None: all, for one of the callbacks to remove. Otherwise,
+            Tune writes down the state of every trial there has been whenever one of them leaves a checkpoint.
         features: The caller's, from :func:`share_features`; None: the run has its own.
     """
     import ray
@@ -133,9 +139,10 @@ def run_tune(
             verbose=0,
             stop=stopper,
             callbacks=list(callbacks),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            # a worker that dies is tried again from its checkpoint; an error of the training itself is final
-            failure_config=tune.FailureConfig(max_failures=1),
+            # a worker that dies is tried again from its checkpoint; an error of the training itself is final, because
+            # trials report it and do not raise it
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_to_keep),
         ),
     )
     with stop_tune_in_order(stop):

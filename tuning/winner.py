@@ -47,6 +47,19 @@ class TrialRecord:
     """Why a failed trial failed."""
     suggested_by: SuggestedBy = "sampler"
     """Where the configuration came from."""
+    stage: str = "search"
+    """What it is part of: the search itself, or what follows it."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of its run in the tracker."""
+    checkpoint: str | None = None
+    """Path, on the sweep's file system, of its last checkpoint: where it can go on, and at the last epoch its model."""
+    checkpoint_epoch: int = 0
+    """Epochs that the checkpoint has behind it."""
+
+    @property
+    def name(self) -> tuple[str, str, int]:
+        """Stage, category and index: unique in a sweep, and the same after a resume, unlike Tune's id."""
+        return self.stage, self.category, self.index
 
     @property
     def objective(self) -> float | None:
@@ -62,6 +75,21 @@ class TrialRecord:
     def duration_s(self) -> float:
         """Seconds the trial trained and validated for, so far."""
         return float(self.metrics.get("duration_s", self.metrics.get("time_total_s", 0.0)))
+
+
+def conclude(record: TrialRecord) -> tuple[RecordState, str | None]:
+    """What became of a trial that ended without an error: its state and, if it failed, why."""
+    if record.failure is not None:
+        return "failed", record.failure
+    if record.epoch == 0:
+        return "failed", "it ended without reporting an epoch"
+    if record.objective is not None and not math.isfinite(record.objective):
+        return "failed", f"its objective was {record.objective} at epoch {max(record.objectives)}"
+    if record.epoch < record.max_epochs:
+        return "pruned", None
+    if record.epoch in record.objectives:
+        return "complete", None
+    return "failed", "it reported no objective at its last epoch"
 
 
 def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:

@@ -33,13 +33,16 @@ import psutil
 
 from ssn.config import Config, digest, flatten
 from tests.benchmarks.measure import describe_machine
-from tuning.scheduler import MultiplexScheduler, rung_epochs
+from tuning.rungs import Rungs
+from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.space import Choice, FloatRange
 from tuning.sweep import connect_ray
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
+from tuning.weights import weights_key
 
-EPOCHS, GRACE, ETA = 9, 1, 3
+EPOCHS = 9
+RUNGS = Rungs(grace_epochs=1, eta=3)
 METRICS = ("train_loss", "val_loss", "val_image_auroc", "val_image_ap", "val_pixel_auroc", "val_pixel_ap", "val_aupro")
 MODEL_BYTES = 2000
 """Of each file of a replayed model: the files are counted here, not their bytes."""
@@ -51,7 +54,7 @@ def replay(trial: dict[str, Any]) -> None:
     from ray import tune
 
     for epoch, result in enumerate(curve(trial), start=1):
-        compared = epoch == EPOCHS or epoch in rung_epochs(EPOCHS, GRACE, ETA)
+        compared = epoch == EPOCHS or epoch in RUNGS.epochs(EPOCHS)
         if not compared:
             tune.report(result)
             continue
@@ -75,7 +78,7 @@ def curve(trial: dict[str, Any]) -> list[dict[str, Any]]:
         value = height * (1 - math.exp(-epoch / 3)) + rng.normal(0, 0.01)
         result = {"epoch": epoch, "category": category, "hostname": "node", "feature_source": "cached"}
         result |= {name: value + i / 100 for i, name in enumerate(METRICS)} | {"masks_used": 3, "duration_s": 0.1}
-        if epoch == EPOCHS or epoch in rung_epochs(EPOCHS, GRACE, ETA):
+        if epoch == EPOCHS or epoch in RUNGS.epochs(EPOCHS):
             result["objective"] = value
         results.append(result)
     return results
@@ -208,7 +211,8 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     names = [f"category-{i:05d}" for i in range(categories)]
-    base = flatten(Config()) | {"train.epochs": EPOCHS}
+    base = flatten(Config().resolved()) | {"train.epochs": EPOCHS}
+    digests = {weights_key(Config().model): "weights"}
     space = {
         "synthesis.noise_sigma": FloatRange(1e-3, 0.3, log=True),
         "synthesis.perlin_threshold": FloatRange(0.0, 0.7),
@@ -218,7 +222,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
         connect_ray()
     with clock("make studies"):
         searcher = MultiplexSearcher(
-            [CategorySearch(name, base, space, f"data of {name}", "weights", 0) for name in names],
+            [CategorySearch(name, base, space, f"data of {name}", digests, 0) for name in names],
             sweep_id="replayed",
             trials_per_category=trials,
         )
@@ -247,7 +251,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
         tune.with_resources(replay, {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=MultiplexScheduler(max_epochs=EPOCHS, grace=GRACE, eta=ETA, history=searcher),
+            scheduler=MultiplexScheduler(RUNGS, history=searcher),
             num_samples=-1,
             max_concurrent_trials=concurrency,
             reuse_actors=True,

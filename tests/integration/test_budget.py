@@ -28,7 +28,7 @@ from tuning.budget_stopper import BudgetStopper
 from tuning.progress import ProgressCallback
 from tuning.rungs import Rungs
 from tuning.scheduler import MultiplexScheduler
-from tuning.search import CategorySearch, MultiplexSearcher, searcher_of
+from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.space import FloatRange
 from tuning.sweep import connect_ray
 from tuning.tracking.callback import TrackerCallback
@@ -86,15 +86,14 @@ tuner = tune.Tuner(
     ),
 )
 tuner.fit()
-searched = searcher_of(tuner)
 print(json.dumps({
     "ended_by": stopper.ended_by,
-    "done_before": searched.done,
-    "states": [r.state for r in searched.records()],
+    "done_before": searcher.done,
+    "states": [r.state for r in searcher.records()],
     "runs": [(r.status, r.trial_state) for r in tracker.find_runs("made_up") if r.parent_run_id],
 }))
-searched.end(stopper.ended_by)
-print(json.dumps({"done": searched.done, "states": [r.state for r in searched.records()], "notices": searched.notices}))
+searcher.end(stopper.ended_by)
+print(json.dumps({"done": searcher.done, "states": [r.state for r in searcher.records()], "notices": searcher.notices}))
 """
 
 

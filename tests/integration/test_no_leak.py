@@ -170,7 +170,7 @@ def train_curiously(trial: dict[str, Any], setup: WorkerSetup) -> None:
             found.append("reads the test split when asked to")
         except SSNError as error:
             refusal = str(error)
-        folder = Path(setup.storage_path).parent.parent.parent / "found"
+        folder = Path(setup.storage_path).parents[4] / "found"
         folder.mkdir(exist_ok=True)
         reached = {thing for thing in reach(trial, setup, arguments, named) if isinstance(thing, str)}
         shards = sorted(name for name in reached if name.endswith(".parquet"))

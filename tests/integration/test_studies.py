@@ -28,7 +28,7 @@ from pathlib import Path
 import ray
 
 from ssn.config import unflatten
-from tuning.settings import ObjectiveSettings, ResourceSettings, SearchSettings, SweepSettings
+from tuning.settings import FinalistSettings, ObjectiveSettings, ResourceSettings, SearchSettings, SweepSettings
 from tuning.sweep import sweep
 
 folder, data_uri, tracking_uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -36,6 +36,7 @@ config = unflatten(json.loads((folder / "config.json").read_text()))
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
     search=SearchSettings(trials=4, grace_epochs=1, eta=2, transfer=True, max_concurrent=1),
+    finalists=FinalistSettings(count=1),
     objective=ObjectiveSettings(against="labels", pick="knee", max_masks=4, max_latency_ms=1e6),
     resources=ResourceSettings(use_gpu=False),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from tuning.costs import (
     shape_key,
     trial_cost,
 )
+from tuning.progress import summarise
 from tuning.rungs import Rungs
 from tuning.scheduler import MultiplexScheduler
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.settings import ObjectiveSettings, SweepSettings
 from tuning.space import Axis, CategorySpace, Choice, FloatRange
+from tuning.study_database import StudyDatabase
 from tuning.weights import weights_key
 from tuning.winner import TrialRecord, select_winner
 
@@ -116,6 +118,13 @@ def test_latency_that_nothing_changes_is_refused() -> None:
         check_against(ObjectiveSettings(against="latency"), SPACE)
 
 
+def test_progress_knows_no_best_while_all_are_infeasible() -> None:
+    assert summarise("screw", 3, [record(0, 0.9, 0.1)]).best is None
+    best = summarise("screw", 3, [record(0, 0.9, 0.1), record(1, 0.5, 0.0)]).best
+    assert best is not None
+    assert best.index == 1
+
+
 # Ratios that are known to be too dear.
 
 
@@ -157,9 +166,8 @@ def drive(search: MultiplexSearcher, objective: ObjectiveSettings, trials: int) 
     return search.records()
 
 
-@pytest.mark.parametrize("url", [None, "sqlite"])
-def test_studies_know_by_how_much_a_trial_is_infeasible(tmp_path: Path, url: str | None) -> None:
-    search = searcher(10, storage_url=None if url is None else f"sqlite:///{tmp_path / 'search.db'}")
+def test_studies_know_by_how_much_a_trial_is_infeasible() -> None:
+    search = searcher(10)
     records = drive(search, ObjectiveSettings(max_masks=4), 10)
     for record, trial in zip(records, search.study("a").trials, strict=True):
         assert trial.constraints == {"max_masks": pytest.approx((record.metrics["masks_used"] - 4) / 4)}
@@ -273,12 +281,16 @@ def drive_pair(search: MultiplexSearcher, start: int, stop: int) -> list[tuple[f
     return tried
 
 
-@pytest.mark.parametrize("url", [None, "sqlite"])
-def test_study_against_labels_is_told_both_and_survives_pruned_trials(tmp_path: Path, url: str | None) -> None:
+@pytest.mark.parametrize("where", ["memory", "database"])
+def test_study_against_labels_is_told_both_and_survives_pruned_trials(tmp_path: Path, where: str) -> None:
     """Optuna's TPE fails on a study with two directions whose pruned trials have intermediate values."""
-    search = searcher(25, against="labels", storage_url=None if url is None else f"sqlite:///{tmp_path / 's.db'}")
+    database = StudyDatabase(f"sqlite:///{tmp_path / 's.db'}")
+    search = searcher(25, against="labels", database=database)
     drive_pair(search, 0, 25)
+    database.close()
     study = search.study("a")
+    if where == "database":
+        study = optuna.load_study(study_name=study.study_name, storage=database.url)
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     for found, trial in zip(search.records(), study.trials, strict=True):
         assert trial.intermediate_values == {}
@@ -290,15 +302,23 @@ def test_study_against_labels_is_told_both_and_survives_pruned_trials(tmp_path: 
     assert len(study.best_trials) > 2
 
 
-def test_study_against_labels_continues_as_if_never_interrupted(tmp_path: Path) -> None:
-    whole = drive_pair(searcher(20, against="labels"), 0, 20)
+def test_study_against_labels_goes_on_from_its_records() -> None:
     first = searcher(20, against="labels")
-    assert drive_pair(first, 0, 12) == whole[:12]
-    first.save(str(tmp_path / "state"))
-    second = pickle.loads(pickle.dumps(first))
-    second.restore(str(tmp_path / "state"))
-    assert drive_pair(second, 12, 20) == whole[12:]
-    assert second.recorded_metrics("t0")["masks_used"] == 0
+    drive_pair(first, 0, 12)
+    second = searcher(20, against="labels", earlier=copy.deepcopy(first.records()))
+    assert [(t.state, t.values) for t in second.study("a").trials] == [
+        (t.state, t.values) for t in first.study("a").trials if "duplicate_of" not in t.user_attrs
+    ]
+    tried = drive_pair(second, 12, 20)
+    assert len({*tried, *((r.config[RATIO], r.config[SIGMA]) for r in first.records())}) == 20
+
+
+def test_latencies_survive_a_resume() -> None:
+    first = searcher(4, against="latency")
+    first.suggest("t0")
+    first.on_trial_complete("t0", {"epoch": EPOCHS, "objective": 0.5, "latency_ms": 20.0})
+    second = searcher(4, against="latency", earlier=first.records())
+    assert second.suggest("t1")["latency_ms"] == 20.0  # type: ignore[index]
 
 
 def test_latency_of_a_shape_is_measured_once() -> None:

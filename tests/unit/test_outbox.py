@@ -20,7 +20,7 @@ from tuning.tracking import outbox as module
 from tuning.tracking.delivery import MAX_ERRORS_OF_THE_STORE, REFUSED_FILE
 from tuning.tracking.journal import Journal
 from tuning.tracking.outbox import outbox_folder, replay
-from tuning.tracking.protocol import TRIAL_MODEL_FILES, TrackerUnavailableError
+from tuning.tracking.protocol import TRIAL_MODEL_FILES, ArtifactsUnavailableError, TrackerUnavailableError
 
 SWEEP = Sweep("s1", "widgets", {"bolt": {"search_fingerprint": "f"}, "nut": {}})
 PAUSE_S = 0.01
@@ -244,6 +244,59 @@ def test_no_space_for_artifacts_keeps_back_their_trial_alone(
     check_a_sweep(store)
 
 
+def test_artifacts_that_fail_because_the_store_is_away_wait_with_everything(
+    store: MemoryTracker,
+    make: Callable[..., Outbox],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def upload_to_nowhere() -> None:
+        store.down = True
+        raise ArtifactsUnavailableError("connection refused")
+
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    assert outbox.drain(30)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_take_files", upload_to_nowhere)
+        say_a_sweep(outbox, checkpoint)
+        until(lambda: outbox._delivery().trouble)
+    time.sleep(5 * PAUSE_S)
+    store.down = False
+    outbox.close()
+    check_a_sweep(store)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[2][:22] for line in said] == [" tracking waits: conne", " the store answers aga"]
+
+
+def test_what_is_buffered_is_no_answer(
+    store: MemoryTracker,
+    make: Callable[..., Outbox],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tracker that gathers metrics takes them while its store is away."""
+    outbox = make()
+    parents = outbox.start_sweep(SWEEP)
+    run = outbox.start_trial(SWEEP, trial(0))
+    assert outbox.drain(30)
+    delivery = outbox._delivery()
+    store.down = True
+    outbox.log_summary(parents["nut"], tags={"note": "kept"})
+    until(lambda: delivery.trouble)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "log_summary", lambda *arguments, **options: None)
+        patched.setattr(store, "flush", lambda run_id: None)
+        until(lambda: not delivery.journal.has_more and not delivery._unread)
+        assert delivery.trouble
+    assert "answers again" not in capsys.readouterr().err
+    store.down = False
+    outbox.finish_trial(run, "PRUNED")
+    outbox.close()
+    assert "answers again" in capsys.readouterr().err
+
+
 def test_space_is_noticed_without_being_asked(
     store: MemoryTracker, make: Callable[..., Outbox], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,7 +354,7 @@ def test_model_that_is_gone_is_refused_and_its_run_is_not_complete(
 
 
 def test_question_to_a_store_that_is_away_names_the_outbox(store: MemoryTracker, make: Callable[..., Outbox]) -> None:
-    outbox = make(patience_s=0.2)
+    outbox = make(patience_s=0.5)
     store.down = True
     outbox.start_sweep(SWEEP)
     with pytest.raises(SSNError, match=r"is down; 1 operations wait in .*outbox, .* by: python -m tuning replay") as e:
@@ -373,6 +426,42 @@ def test_replay_brings_the_rest_and_closes_what_a_dead_sweep_left_open(
     assert found["bolt-007"].trial_state == "INTERRUPTED"
     with pytest.raises(SSNError, match="no outbox of a sweep"):
         replay(dead.folder, tracker=store)
+
+
+def test_bug_in_tracking_does_not_end_the_sweep_and_is_no_secret(
+    make: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("tuning.tracking.delivery.Delivery._flush", broken)
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    with pytest.raises(RuntimeError, match="tracking has stopped") as caught:
+        outbox.find_runs("widgets")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    outbox.finish_sweep(SWEEP)
+    outbox.close()
+    said = capsys.readouterr().err
+    assert "tracking has stopped (ZeroDivisionError: a bug)" in said
+    assert "tracking is behind by 2 operations" in said
+    assert (outbox.folder / "000001.jsonl").exists()
+
+
+def test_question_that_breaks_the_store_is_answered_with_that(
+    store: MemoryTracker, make: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_the_store(*arguments: Any, **options: Any) -> None:
+        raise TrackerUnavailableError("too many 500 error responses", may_be_the_call=True)
+
+    monkeypatch.setattr("tuning.tracking.delivery.LONGEST_PAUSE_S", PAUSE_S)
+    outbox = make()
+    outbox.start_sweep(SWEEP)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "find_runs", break_the_store)
+        with pytest.raises(TrackerUnavailableError, match="500"):
+            outbox.find_runs("widgets")
+    assert len(outbox.find_runs("widgets")) == 2
 
 
 def test_damaged_line_is_refused(store: MemoryTracker, make: Callable[..., Outbox], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ssn.errors import SSNError
-from tuning.pareto import Point, choose_candidates, front_trials, hypervolume, knee, make_points, pareto_front
+from tuning.pareto import Point, contenders, hypervolume, knee, make_points, pareto_front
 from tuning.pareto_chart import front_csv, write_front
 from tuning.settings import ObjectiveSettings
 from tuning.winner import RecordState, TrialRecord, select_winner
@@ -136,21 +136,29 @@ TRIALS = [
 
 def test_only_complete_trials_are_points() -> None:
     assert [p.index for p in make_points(TRIALS, "labels")] == [0, 1, 2, 3, 4, 6]
-    assert [t.index for t in front_trials(TRIALS, "labels")] == [0, 1, 3]
-    assert [t.index for t in front_trials(TRIALS, "none")] == [0, 1, 2, 3, 6]
+
+
+def pick_winner(trials: list[TrialRecord], objective: ObjectiveSettings) -> TrialRecord:
+    return select_winner(contenders(trials, objective))
+
+
+def test_contenders_are_the_front_or_its_knee() -> None:
+    assert [t.index for t in contenders(TRIALS, LABELS)] == [0, 1, 3]
+    assert [t.index for t in contenders(TRIALS, ObjectiveSettings(against="labels", pick="knee"))] == [1]
+    assert contenders(TRIALS, ObjectiveSettings()) == TRIALS
 
 
 def test_winner_is_the_cheapest_of_the_most_accurate_or_the_knee() -> None:
-    assert select_winner(choose_candidates(TRIALS, LABELS)).index == 3
-    assert select_winner(choose_candidates(TRIALS, ObjectiveSettings(against="labels", pick="knee"))).index == 1
-    assert select_winner(choose_candidates(TRIALS, ObjectiveSettings())).index == 3
+    assert pick_winner(TRIALS, LABELS).index == 3
+    assert pick_winner(TRIALS, ObjectiveSettings(against="labels", pick="knee")).index == 1
+    assert pick_winner(TRIALS, ObjectiveSettings()).index == 3
     with pytest.raises(SSNError, match="no winner"):
-        select_winner(choose_candidates(TRIALS[4:6], LABELS))
+        pick_winner(TRIALS[4:6], LABELS)
 
 
 def test_equal_points_go_by_the_rule_for_ties() -> None:
     tied = [trial(0, 0.9, 2, val_image_ap=0.5), trial(1, 0.9, 2, val_image_ap=0.6), trial(2, 0.1, 0)]
-    assert select_winner(choose_candidates(tied, LABELS)).index == 1
+    assert pick_winner(tied, LABELS).index == 1
 
 
 def test_table_has_every_trial() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ def make(
     limit: int | None = None,
     space: dict[str, object] | None = None,
     max_trials: int | None = None,
+    earlier: Sequence[TrialRecord] = (),
 ) -> SharedSearcher:
     infos = {name: make_info(name, masks=count) for name, count in (masks or MASKS).items()}
     search = SearchSettings(trials=trials, **({} if space is None else {"space": space}))
@@ -55,6 +56,7 @@ def make(
         search_seed=0,
         eta=eta,
         max_trials=max_trials,
+        earlier=earlier,
     )
     if limit is not None:
         searcher.set_max_concurrency(limit)
@@ -86,6 +88,39 @@ def run(searcher: SharedSearcher, outcomes: Any) -> list[tuple[int, str]]:
 
 def states(searcher: SharedSearcher) -> list[str]:
     return [c.state for c in searcher.configurations]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 7])
+def test_search_goes_on_from_its_ledger(cut: int) -> None:
+    """What has ended is not run again, what was cut short goes on, and configurations stay what they were."""
+
+    def outcome(index: int, category: str) -> float:
+        return 0.5 + 0.01 * index + 0.1 * (category == "nut")
+
+    first, kept = make(trials=3, eta=2, limit=1), {}
+    for i in range(cut):
+        suggested = first.suggest(f"t{i}")
+        assert isinstance(suggested, dict)
+        for record in (first.origin(f"t{i}"), first.record(f"t{i}")):
+            kept[record.name] = record
+        if i < cut - 1:
+            finish(first, f"t{i}", outcome(suggested["index"], suggested["category"]))
+    first.record(f"t{cut - 1}").checkpoint = "/checkpoint"
+    running = first.record(f"t{cut - 1}")
+    second = make(trials=3, eta=2, limit=1, earlier=copy.deepcopy(list(kept.values())))
+    suggested = second.suggest("again")
+    assert isinstance(suggested, dict)
+    assert (suggested["category"], suggested["trial_key"]) == (running.category, running.trial_key)
+    assert (suggested["index"], suggested["resume_from"]) == (running.index, "/checkpoint")
+    finish(second, "again", outcome(suggested["index"], suggested["category"]))
+    order = run(second, outcome)
+    ended = {(r.index, r.category) for r in kept.values() if r.stage == "search"}
+    assert not ended & set(order)
+    assert second.done
+    assert len(second.configurations) == 3
+    for mine, theirs in zip(second.configurations, first.configurations, strict=False):
+        assert (mine.index, mine.config) == (theirs.index, theirs.config)
+    assert len({(r.category, r.trial_key) for r in second.records()}) == len(second.records())
 
 
 @pytest.mark.parametrize(
@@ -200,17 +235,6 @@ def test_same_masks_are_not_trained_on_twice() -> None:
     keys = [(record.category, record.trial_key) for record in searcher.records()]
     assert len(set(keys)) == len(keys)
     assert [searcher.expected_trials(name) for name in ("bolt", "rod")] == [len(order) // 2] * 2
-
-
-def test_state_is_saved_and_taken_up(tmp_path: Path) -> None:
-    searcher = make(trials=2)
-    searcher.suggest("t0")
-    searcher.save(str(tmp_path / "state"))
-    again = make(trials=2)
-    again.restore(str(tmp_path / "state"))
-    finish(again, "t0", 0.5)
-    assert again.suggest("t1")["category"] == "nut"  # type: ignore[index]
-    assert json.loads(json.dumps(again.suggest("t2")))["category"] in MASKS
 
 
 def test_budget_of_runs_ends_the_search_once_those_under_way_have_ended() -> None:

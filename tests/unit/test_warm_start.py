@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -361,23 +360,22 @@ def test_nothing_is_carried_unless_asked_for() -> None:
     assert {s["tags"]["suggested_by"] for s in found} == {"default", "sampler"}
 
 
-@pytest.mark.parametrize("url", [None, "sqlite"])
-def test_starts_and_transfers_survive_a_restore(tmp_path: Path, url: str | None) -> None:
-    def fresh(name: str) -> MultiplexSearcher:
-        storage_url = None if url is None else f"sqlite:///{tmp_path / name}.db"
-        starts = (Start({SIGMA: 0.1}, "champion"),)
-        return searcher("ab", 8, starts=starts, transfer=True, storage_url=storage_url)
-
-    best = {"a": 0.05, "b": 0.04}
-    whole = drive(fresh("whole"), best)
-    broken = fresh("broken")
-    for i in range(5):
-        s = broken.suggest(f"t{i}")
+def test_starts_and_transfers_survive_a_resume() -> None:
+    starts, best = (Start({SIGMA: 0.1}, "champion"),), {"a": 0.05, "b": 0.05}
+    first = searcher("ab", 16, starts=starts, transfer=True)
+    for i in range(3):
+        s = first.suggest(f"t{i}")
         objective = -abs(math.log(s["config"][SIGMA] / best[s["category"]]))
-        broken.on_trial_complete(f"t{i}", {"epoch": EPOCHS, "objective": objective})
-    broken.save(str(tmp_path / "state"))
-    broken.restore(str(tmp_path / "state"))
-    assert drive(broken, best, first=5) == whole[5:]
+        first.on_trial_complete(f"t{i}", {"epoch": EPOCHS, "objective": objective})
+    second = searcher("ab", 16, starts=starts, transfer=True, earlier=first.records())
+    found = drive(second, best, first=3)
+    assert [s["tags"]["suggested_by"] for s in found if s["index"] < 2] == ["champion"]
+    assert any(r.suggested_by == "transfer" for r in second.records())
+    for name in "ab":
+        origins = [r.suggested_by for r in sorted(second.records(name), key=lambda r: r.index)]
+        assert origins[:2] == ["default", "champion"]
+        assert origins.count("transfer") <= max_transfers(16)
+        assert len({r.trial_key for r in second.records(name)}) == 16
 
 
 def test_trial_that_runs_again_keeps_its_origin() -> None:
@@ -390,13 +388,18 @@ def test_trial_that_runs_again_keeps_its_origin() -> None:
     assert search.study("a").trials[-1].user_attrs["suggested_by"] == "champion"
 
 
-def test_start_that_a_killed_driver_had_begun_is_begun_again(tmp_path: Path) -> None:
+def test_start_that_a_killed_driver_had_begun_is_begun_again() -> None:
+    """Its record never reached the ledger, though that of a later trial did."""
     starts = (Start({SIGMA: 0.1}, "champion"),)
-    first = searcher("a", 3, starts=starts, storage_url=f"sqlite:///{tmp_path / 'search.db'}")
-    first.save(str(tmp_path / "state"))
-    first.suggest("lost0")
-    first.suggest("lost1")
-    first.restore(str(tmp_path / "state"))
-    found = drive(first, {"a": 0.05})
-    assert [s["tags"]["suggested_by"] for s in found] == ["default", "champion", "sampler"]
-    assert found[1]["config"][SIGMA] == 0.1
+    first = searcher("a", 4, starts=starts)
+    for name in ("t0", "lost", "t2"):
+        first.suggest(name)
+    kept = [r for r in first.records() if r.trial_id != "lost"]
+    found = drive(searcher("a", 4, starts=starts, earlier=kept), {"a": 0.05})
+    assert [(s["index"], s["tags"]["suggested_by"]) for s in found] == [
+        (0, "default"),
+        (2, "sampler"),
+        (1, "champion"),
+        (3, "sampler"),
+    ]
+    assert found[2]["config"][SIGMA] == 0.1

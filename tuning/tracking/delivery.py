@@ -32,7 +32,8 @@ SYNC_INTERVAL_S = 1.0
 READ_LIMIT = 500
 MAX_ERRORS_OF_THE_STORE = 10
 """Attempts after which an operation that makes the store fail, while it answers, counts as refused."""
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+"""A request that takes longer is left to end with the process; what it was for is done again by the next one."""
 WAITING_FILE = "waiting.jsonl"
 REFUSED_FILE = "refused.jsonl"
 FILES_FOLDER = "files"
@@ -57,6 +58,11 @@ class Question(Generic[T]):
             raise
         except BaseException as error:
             self._error = error
+        self.answered.set()
+
+    def fail(self, error: Exception) -> None:
+        """There is no answer to be had."""
+        self._error = error
         self.answered.set()
 
     def result(self) -> T:
@@ -91,6 +97,7 @@ class Delivery:
         self._woken = threading.Condition()
         self._stopping = False
         self._hurry = False
+        self._try_now = False
         self._questions: list[Question] = []
         self._unread: list[Entry] = []
         self._num_new = 0
@@ -124,7 +131,7 @@ class Delivery:
         with self._woken:
             question.after = self.journal.num_appended
             self._questions.append(question)
-            self._hurry = True
+            self._hurry = self._try_now = True
             self._woken.notify()
 
     def withdraw(self, question: Question) -> None:
@@ -161,6 +168,8 @@ class Delivery:
         try:
             self._deliver()
         except BaseException as error:
+            if self._stopping:
+                return
             self.failure = error
             say(
                 f"warning: tracking has stopped ({type(error).__name__}: {error}); {self.journal.folder} keeps the rest"
@@ -245,9 +254,9 @@ class Delivery:
         while True:
             try:
                 action()
-            except ArtifactsUnavailableError:
-                raise
             except TrackerUnavailableError as error:
+                if isinstance(error, ArtifactsUnavailableError) and self._store_answers():
+                    raise
                 errors += error.may_be_the_call
                 if errors >= MAX_ERRORS_OF_THE_STORE:
                     raise
@@ -258,9 +267,19 @@ class Delivery:
             with self._woken:
                 if self._stopping:
                     return False
-                self._woken.wait_for(lambda: self._stopping, pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                self._woken.wait_for(lambda: self._stopping or self._try_now, pause_s)
+                # whoever asks has less patience than the longest pause
+                pause_s = self._first_pause_s if self._try_now else min(2 * pause_s, LONGEST_PAUSE_S)
+                self._try_now = False
             self._sync()
+
+    def _store_answers(self) -> bool:
+        """Whether anything at all can be had of the store."""
+        try:
+            self.tracker.check()
+        except SSNError:
+            return False
+        return True
 
     def _flush(self) -> None:
         """Have the tracker write what it gathered, and tick off what is written."""
@@ -383,8 +402,11 @@ class Delivery:
                     return
             if self._flush_due_s is not None:
                 self._flush()
-            if not self._insist(question.put):
-                return
+            try:
+                if not self._insist(question.put):
+                    return
+            except TrackerUnavailableError as error:
+                question.fail(error)
             self.withdraw(question)
             self.moves += 1
 
@@ -404,9 +426,9 @@ class Delivery:
             )
 
     def _say_back(self) -> None:
-        self._error = None
-        if self._outage_said:
-            self._outage_said = False
+        # what was done may have been kept in the tracker's memory for the time being
+        if self._outage_said and self._store_answers():
+            self._outage_said, self._error = False, None
             say("tracking: the store answers again; what was kept is being written")
 
     def _say_no_space(self, error: Exception) -> None:

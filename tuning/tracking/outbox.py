@@ -184,7 +184,8 @@ class Outbox:
 
     def drain(self, patience_s: float) -> bool:
         delivery = self._delivery()
-        return self._wait(delivery, Question(lambda: None), patience_s) and delivery.num_waiting == 0
+        answered = self._wait(delivery, Question(lambda: None), patience_s)
+        return answered and delivery.num_waiting == 0
 
     def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         if self.folder not in _open and not self.folder.exists():
@@ -228,6 +229,8 @@ class Outbox:
         delivery = self._delivery()
         question = Question(lambda: ask(delivery.tracker))
         if not self._wait(delivery, question, self._patience_s):
+            if delivery.failure is not None:
+                raise RuntimeError(f"tracking has stopped; {self.folder} keeps the rest") from delivery.failure
             raise SSNError(
                 f"{delivery.trouble or 'tracking is behind'}; {delivery.num_left} operations wait in {self.folder}, "
                 f"to be brought there by: {self.way_out}"
@@ -240,7 +243,7 @@ class Outbox:
         moves, until_s = delivery.moves, time.monotonic() + patience_s
         while not question.answered.wait(_POLL_S):
             if delivery.failure is not None:
-                raise RuntimeError(f"tracking has stopped; {self.folder} keeps the rest") from delivery.failure
+                return False
             if delivery.moves != moves:
                 moves, until_s = delivery.moves, time.monotonic() + patience_s
             if time.monotonic() > until_s:
