@@ -36,6 +36,7 @@ from tuning.tracking.memory import MemoryTracker
 from tuning.tracking.protocol import Sweep
 from tuning.weights import weights_key
 
+OUT = sys.argv[1]  # trials run in processes with arguments of their own
 connect_ray()
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -46,7 +47,7 @@ def train(config):
     while epoch < 1000:
         epoch = 1000 if config["index"] == 0 else epoch + 1
         time.sleep(0.1)
-        folder = Path(sys.argv[1], config["category"]); folder.mkdir(exist_ok=True)
+        folder = Path(OUT, config["category"]); folder.mkdir(exist_ok=True)
         for name in ("config.json", "heads.safetensors", "meta.json"):
             (folder / name).touch()
         tune.report({"epoch": min(epoch, 999) if config["index"] else 1000, "category": config["category"],
@@ -79,7 +80,7 @@ tuner = tune.Tuner(
         max_concurrent_trials=2, reuse_actors=True,
     ),
     run_config=tune.RunConfig(
-        name="sweep", storage_path=sys.argv[1] + "/tune", verbose=0, stop=stopper,
+        name="sweep", storage_path=OUT + "/tune", verbose=0, stop=stopper,
         callbacks=[ProgressCallback(searcher), TrackerCallback(tracker, sweep)],
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
     ),
