@@ -413,7 +413,7 @@ def test_replay_brings_the_rest_and_closes_what_a_dead_sweep_left_open(
         Journal(dead.folder)
     dead.close(0)
     with pytest.raises(SSNError, match="is down"):
-        replay(dead.folder, tracker=store)
+        replay(dead.folder, tracker=store, patience_s=0.5)
     store.down = False
     assert replay(dead.folder, tracker=store) == 2
     found = runs(store)

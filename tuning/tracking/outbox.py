@@ -318,15 +318,17 @@ def replay(
         from tuning.tracking.mlflow_tracker import MLflowTracker
 
         tracker = MLflowTracker(tracking_uri or about["tracking_uri"], persistent=False)
-    tracker.check()
     outbox = Outbox(tracker, folder, patience_s=patience_s)
-    num_left = outbox.num_left
-    for each in about["sweeps"]:
-        sweep = Sweep(each["sweep_id"], each["dataset"], {}, stage=each["stage"])
-        parents = [r for r in outbox.find_runs(sweep.dataset, sweep_id=sweep.sweep_id) if r.parent_run_id is None]
-        if any(parent.status == "RUNNING" for parent in parents):
-            outbox.finish_sweep(sweep, "KILLED")
-    behind = outbox._let_go(drained=outbox.drain(patience_s))
+    num_left, drained = outbox.num_left, False
+    try:
+        for each in about["sweeps"]:
+            sweep = Sweep(each["sweep_id"], each["dataset"], {}, stage=each["stage"])
+            parents = [r for r in outbox.find_runs(sweep.dataset, sweep_id=sweep.sweep_id) if r.parent_run_id is None]
+            if any(parent.status == "RUNNING" for parent in parents):
+                outbox.finish_sweep(sweep, "KILLED")
+        drained = outbox.drain(patience_s)
+    finally:
+        behind = outbox._let_go(drained=drained)
     if behind is not None:
         raise SSNError(behind)
     return num_left
