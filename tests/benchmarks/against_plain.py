@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--draws", type=int, default=72, help="images per epoch")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument(
+        "--size", type=int, default=256, help="above 64: anomalib cannot draw its noise for smaller maps"
+    )
     parser.add_argument("--images", type=int, help="only so many of every kind, for a try")
     parser.add_argument("--only", choices=("ours", "plain"), help="measure one side")
     a = parser.parse_args(argv)

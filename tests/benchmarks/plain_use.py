@@ -113,7 +113,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--draws", type=int, default=72, help="images per epoch")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument(
+        "--size", type=int, default=256, help="above 64: anomalib cannot draw its noise for smaller maps"
+    )
     parser.add_argument("--backbone", default="resnet18.tv_in1k")
     parser.add_argument("--weights", help="of the backbone, for a machine without a network")
     parser.add_argument("--out", required=True, help="folder for Ray's state")
@@ -149,8 +151,9 @@ def _weights_from_file() -> None:
 
     def create_model(*arguments, **options):
         model = create(*arguments, **{**options, "pretrained": False})
-        missing = model.load_state_dict(load_file(path), strict=False).missing_keys
-        assert not missing, f"{path} lacks {missing}"
+        # the file may lack layers that are not used
+        unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+        assert not unknown, f"{path} has {unknown}, which {arguments} has not"
         return model
 
     timm.create_model = create_model
