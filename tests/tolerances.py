@@ -34,6 +34,6 @@ BF16_GRADIENT_RTOL = 0.15
 # nearly zero, rounding decides the step. On one machine the difference is usually none at all.
 TRAINED_RTOL = 1e-3
 
-# A batch that workers share, sums over slices and then over the workers: losses and metrics, gradients as a share of the
+# A batch that workers share, sums over slices and then over workers: losses and metrics, gradients as a share of the
 # whole gradient's norm, weights and buffers after some steps along the gradient as a share of the largest value.
 SHARED_RTOL = 1e-5

@@ -6,29 +6,16 @@ is damaged, or of another run than its name says, counts as not there.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from pyarrow import fs as pafs
-
-from ssn.config import digest
-from ssn.data.storage import (
-    check_store,
-    join_uri,
-    open_filesystem,
-    read_bytes,
-    resolve_uri,
-    storage_errors,
-    write_bytes,
-    write_json,
-)
 from tuning.benchmark_plan import Plan, PlannedRun
+from tuning.json_store import JsonStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when result files of before can no longer be read; they are then made again."""
 RESULTS_FOLDER = "results"
 ID_FILE = "benchmark.json"
@@ -80,11 +67,7 @@ class RunResult:
 class ResultStore:
     """Results of one dataset's benchmark below a folder or object-store URI."""
 
-    root_uri: str
-    filesystem: pafs.FileSystem
-    root: str
-    damaged: list[str] = field(default_factory=list)
-    """Files that were there and could not be used."""
+    files: JsonStore
 
     @classmethod
     def open(cls, out: str, dataset: str) -> ResultStore:
@@ -93,10 +76,17 @@ class ResultStore:
         Raises:
             SSNError: the URI's scheme is unknown, or its bucket does not exist.
         """
-        uri = join_uri(resolve_uri(out), dataset)
-        filesystem, root = open_filesystem(uri)
-        check_store(filesystem, root, uri)
-        return cls(uri, filesystem, root)
+        return cls(JsonStore.open(out, dataset))
+
+    @property
+    def root_uri(self) -> str:
+        """Where the results are."""
+        return self.files.root_uri
+
+    @property
+    def damaged(self) -> list[str]:
+        """Files that were there and could not be used."""
+        return self.files.damaged
 
     def benchmark_id(self) -> str:
         """The benchmark's name in the tracker: kept from the first time on, so that its runs stay in one place.
@@ -104,14 +94,11 @@ class ResultStore:
         Raises:
             SSNError: the folder cannot be written to.
         """
-        path = f"{self.root}/{ID_FILE}"
-        with storage_errors(self.root_uri):
-            known = _parse(self._read(path)).get("benchmark_id")
-            if isinstance(known, str):
-                return known
-            fresh = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            self.filesystem.create_dir(f"{self.root}/{RESULTS_FOLDER}", recursive=True)
-            write_json(self.filesystem, path, {"benchmark_id": fresh})
+        known = (self.files.read(ID_FILE, version=FORMAT_VERSION) or {}).get("benchmark_id")
+        if isinstance(known, str):
+            return known
+        fresh = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        self.files.write(ID_FILE, {"benchmark_id": fresh}, version=FORMAT_VERSION)
         return fresh
 
     def read(self, run: PlannedRun) -> RunResult | None:
@@ -120,16 +107,16 @@ class ResultStore:
         Raises:
             SSNError: the folder cannot be read.
         """
-        path = self._path(run.category, run.key)
-        with storage_errors(self.root_uri):
-            data = self._read(path)
-        if data is None:
+        name = _name(run.category, run.key)
+        content = self.files.read(name, version=FORMAT_VERSION)
+        if content is None:
             return None
-        result = _parse_result(data)
-        if result is None or (result.key, result.identity, result.category) != (run.key, run.identity, run.category):
-            self.damaged.append(path)
+        expected = {"key": run.key, "identity": run.identity, "category": run.category}
+        if set(content) != {f.name for f in fields(RunResult)} or any(content[k] != v for k, v in expected.items()):
+            self.files.reject(name)
             return None
-        return result
+        intervals = {metric: (float(low), float(high)) for metric, (low, high) in content["test_intervals"].items()}
+        return RunResult(**{**content, "test_intervals": intervals})
 
     def read_all(self, plan: Plan) -> dict[str, RunResult]:
         """Every finished run of a plan, by key.
@@ -146,15 +133,7 @@ class ResultStore:
             SSNError: the folder cannot be written to.
             ValueError: a number is not finite.
         """
-        content = asdict(result)
-        path = self._path(result.category, result.key)
-        with storage_errors(self.root_uri):
-            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            write_json(
-                self.filesystem,
-                path,
-                {"format_version": FORMAT_VERSION, "sha256": digest(content), "result": content},
-            )
+        self.files.write(_name(result.category, result.key), asdict(result), version=FORMAT_VERSION)
 
     def write_file(self, name: str, data: bytes) -> str:
         """Keep a table or a picture beside the results; returns where.
@@ -162,39 +141,8 @@ class ResultStore:
         Raises:
             SSNError: the folder cannot be written to.
         """
-        with storage_errors(self.root_uri):
-            write_bytes(self.filesystem, f"{self.root}/{name}", data)
-        return join_uri(self.root_uri, name).partition("?")[0]
-
-    def _path(self, category: str, key: str) -> str:
-        return f"{self.root}/{RESULTS_FOLDER}/{category}/{key[:32]}.json"
-
-    def _read(self, path: str) -> bytes | None:
-        try:
-            return read_bytes(self.filesystem, path)
-        except FileNotFoundError:
-            return None
+        return self.files.write_bytes(name, data)
 
 
-def _parse(data: bytes | None) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none, whatever there is instead."""
-    try:
-        content = json.loads(data or b"{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _parse_result(data: bytes) -> RunResult | None:
-    envelope = _parse(data)
-    content = envelope.get("result")
-    if envelope.get("format_version") != FORMAT_VERSION or not isinstance(content, dict):
-        return None
-    try:
-        intact = envelope.get("sha256") == digest(content)
-    except ValueError:  # a NaN, which Python reads and JSON has not
-        return None
-    if not intact or set(content) != {f.name for f in fields(RunResult)}:
-        return None
-    intervals = {name: (float(low), float(high)) for name, (low, high) in content["test_intervals"].items()}
-    return RunResult(**{**content, "test_intervals": intervals})
+def _name(category: str, key: str) -> str:
+    return f"{RESULTS_FOLDER}/{category}/{key[:32]}.json"

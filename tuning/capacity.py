@@ -73,8 +73,8 @@ class Capacity:
 
 
 def slots(node: Mapping[str, float], request: Mapping[str, float]) -> int:
-    """How many times a node of these resources holds ``request``."""
-    needed = {name: amount for name, amount in request.items() if amount > 0}
+    """How many times a node of these resources holds ``request``; memory counts where a node says how much it has."""
+    needed = {name: amount for name, amount in request.items() if amount > 0 and (name != "memory" or name in node)}
     if not needed:
         raise SSNError("a worker must ask for some CPU or GPU; it asks for nothing")
     # The small allowance is for fractions such as 0.1 that do not add up in binary.
@@ -176,11 +176,12 @@ def check_fits(capacity: Capacity, *, num_workers: int, per_worker: Mapping[str,
     """
     if max_concurrent(capacity, num_workers=num_workers, per_worker=per_worker, allow_none=True) > 0:
         return
-    one = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items() if amount > 0)
+    one = " and ".join(_amount(name, amount) for name, amount in per_worker.items() if amount > 0)
     available = sum(slots(node, per_worker) for node in capacity.nodes(per_worker))
     if num_workers == 0:
         raise SSNError(
-            f"a trial asks for {one}, but no node has as much: {capacity.describe()}; lower what it asks for"
+            f"a trial asks for {one}, but no node has as much: {capacity.describe()}"
+            f"{_most_memory(capacity, per_worker)}; lower what it asks for"
         )
     if available >= num_workers:
         raise SSNError(
@@ -189,8 +190,18 @@ def check_fits(capacity: Capacity, *, num_workers: int, per_worker: Mapping[str,
         )
     raise SSNError(
         f"a trial asks for {num_workers} workers of {one}, but the cluster holds {available} at most: "
-        f"{capacity.describe()}; lower num_workers or what each asks for"
+        f"{capacity.describe()}{_most_memory(capacity, per_worker)}; lower num_workers or what each asks for"
     )
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / 1e9:g} GB memory" if name == "memory" else f"{amount:g} {name}"
+
+
+def _most_memory(capacity: Capacity, request: Mapping[str, float]) -> str:
+    """The largest node's memory, where a request has to do with it."""
+    most = max((float(node.get("memory", 0.0)) for node in capacity.nodes(request)), default=0.0)
+    return f", {_amount('memory', most)} on one node" if "memory" in request and most else ""
 
 
 def max_concurrent(

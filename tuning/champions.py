@@ -170,13 +170,20 @@ class ChampionOrigin:
     """Where the images were that it was tuned on; None: not recorded."""
     search_fingerprint: str | None
     """Of those images."""
+    split_seed: str | None = None
+    """By which they had been split; None: not recorded."""
+
+
+class NoChampionError(SSNError):
+    """A category has no champion."""
 
 
 def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOrigin:
     """Look up the champion of a category, without its weights.
 
     Raises:
-        SSNError: it has none, or the champion's run has no model any more.
+        NoChampionError: it has none.
+        SSNError: the champion's run has no model any more.
     """
     from ssn.checkpoint import CONFIG_FILE
     from ssn.config import unflatten
@@ -186,7 +193,7 @@ def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOri
     with explained(tracking_uri), tempfile.TemporaryDirectory(prefix="champion-") as scratch:
         registered = _champion_version(client, name)
         if registered is None:
-            raise SSNError(
+            raise NoChampionError(
                 f"{name} has no champion at {absolute_uri(tracking_uri)}; run `tuning sweep` first, or leave the "
                 "configuration champion out"
             )
@@ -205,6 +212,7 @@ def find_champion(tracking_uri: str, dataset: str, category: str) -> ChampionOri
         version=str(registered.version),
         data_uri=run.data.tags.get("data_uri"),
         search_fingerprint=run.data.tags.get("search_fingerprint"),
+        split_seed=run.data.tags.get("split_seed"),
     )
 
 

@@ -46,8 +46,13 @@ def main() -> None:
 
 @app.command()
 def sweep(
-    dataset: DatasetArgument,
-    data: DataOption,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(metavar="DATASET", help="Name of a dataset manifest, or the path of your own (YAML)."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="URI", help="Where ingest wrote: a folder, s3://, gs://.")
+    ] = None,
     category: Annotated[
         list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
     ] = None,
@@ -56,8 +61,36 @@ def sweep(
         bool,
         typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
     ] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Also try what did best in other categories (search.transfer).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="labels|latency",
+            help="Weigh the objective against this cost: a front per category (objective.against).",
+        ),
+    ] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
+    max_trials: Annotated[
+        int | None,
+        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="TIME",
+            help="When to stop the search, such as 2h or 90m; champions are chosen among the complete trials "
+            "(search.time_budget).",
+        ),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", help="GPU hours after which to stop the search (search.max_gpu_hours)."),
+    ] = None,
     tracking_uri: TrackingOption = None,
     num_workers: Annotated[
         int | None,
@@ -68,23 +101,60 @@ def sweep(
         typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
     ] = None,
     out: Annotated[
-        str, typer.Option("--out", metavar="URI", help="Where Ray keeps the sweep's state: a folder, s3://, gs://.")
+        str, typer.Option("--out", metavar="URI", help="Where the sweep keeps its state: a folder, s3://, gs://.")
     ] = "runs",
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="ID",
+            help="Go on with a sweep below --out that was interrupted or died; it needs neither DATASET nor --data.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: also try trials again that failed.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Tune every category of a dataset and register one champion each."""
     from ssn.loader import load_config
     from tuning.settings import SweepSettings
 
-    sets = [*(set_ or ()), *placement_sets(num_workers, use_gpu)]
-    if trials is not None:
-        sets.append(f"search.trials={trials}")
-    if shared:
-        sets.append("search.shared=true")
-    name = dataset_name(dataset)
+    sets = [
+        *(set_ or ()),
+        *placement_sets(num_workers, use_gpu),
+        *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+        *(["search.shared=true"] if shared else ()),
+        *(["search.transfer=true"] if transfer else ()),
+        *([f"objective.against={against}"] if against is not None else ()),
+    ]
+    name = None if dataset is None else dataset_name(dataset)
     categories = tuple(category) if category else None
-    defaults = read_defaults(data, name, categories)
-    settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=defaults)
+    if resume is not None:
+        from tuning.resume import read_resumed
+
+        resumed = read_resumed(
+            out,
+            resume,
+            dataset=name,
+            data_uri=data,
+            categories=categories,
+            files=config or (),
+            sets=sets,
+            retry_failed=retry_failed,
+        )
+        settings = resumed.settings
+        name, data, categories = resumed.description["dataset"], resumed.description["data_uri"], resumed.categories
+        tracking_uri = tracking_uri or resumed.description["tracking_uri"]
+    elif name is None or data is None:
+        raise SSNError("a sweep needs DATASET and --data URI, or --resume ID")
+    elif retry_failed:
+        raise SSNError("--retry-failed goes with --resume ID")
+    else:
+        resumed = None
+        settings = load_config(
+            SweepSettings, files=config or (), sets=sets, defaults=read_defaults(data, name, categories)
+        )
 
     from tuning.sweep import sweep as run_sweep  # after the settings are known to be right: Ray takes seconds
 
@@ -95,12 +165,85 @@ def sweep(
         categories=categories,
         tracking_uri=resolve_tracking_uri(tracking_uri),
         out=out,
+        resumed=resumed,
     )
     show_leaderboard(result.leaderboard)
     if result.comparison is not None:
         print_whole(result.comparison.table())
     if json_file is not None:
         write_json(json_file, result.to_dict())
+
+
+@app.command()
+def plan(
+    dataset: DatasetArgument,
+    data: DataOption,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    set_: SetOption = None,
+    config: ConfigOption = None,
+    max_trials: Annotated[
+        int | None,
+        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option("--time-budget", metavar="TIME", help="As for a sweep, such as 2h or 90m (search.time_budget)."),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option("--max-gpu-hours", help="As for a sweep (search.max_gpu_hours).")
+    ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers)."),
+    ] = None,
+    use_gpu: Annotated[
+        bool | None,
+        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure durations and memory with a few images and steps, here or on the cluster of RAY_ADDRESS.",
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", min=0, help="Of one node; with --calibrate, what the search would cost."),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what a sweep would search, and its trials, epochs, features, memory, hours and cost, without starting it."""
+    from ssn.loader import load_config
+    from tuning.settings import SweepSettings
+
+    sets = [
+        *(set_ or ()),
+        *placement_sets(num_workers, use_gpu),
+        *search_sets(trials, max_trials, time_budget, max_gpu_hours),
+    ]
+    name = dataset_name(dataset)
+    categories = tuple(category) if category else None
+    settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=read_defaults(data, name, categories))
+
+    from tuning.plan import plan as make_plan  # after the settings are known to be right: torch takes seconds
+    from tuning.plan_text import plan_lines, plan_table
+
+    planned = make_plan(
+        settings,
+        dataset=name,
+        data_uri=data,
+        categories=categories,
+        calibrate=calibrate,
+        price_per_hour=price_per_hour,
+    )
+    print_whole(plan_table(planned))
+    print("\n".join(plan_lines(planned)))
+    if json_file is not None:
+        write_json(json_file, planned.to_dict())
 
 
 @app.command()
@@ -264,6 +407,19 @@ def placement_sets(num_workers: int | None, use_gpu: bool | None) -> list[str]:
     """Options of their own as the ``--set`` options that they stand for."""
     given = {"resources.num_workers": num_workers, "resources.use_gpu": use_gpu}
     return [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
+
+
+def search_sets(
+    trials: int | None, max_trials: int | None, time_budget: str | None, max_gpu_hours: float | None
+) -> list[str]:
+    """Options of their own as the ``--set`` options that they stand for."""
+    given = {
+        "search.trials": trials,
+        "search.max_trials": max_trials,
+        "search.time_budget": time_budget,
+        "search.max_gpu_hours": max_gpu_hours,
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> None:

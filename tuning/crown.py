@@ -28,6 +28,7 @@ from tuning.incumbent import (
     rescore,
     yardstick,
 )
+from tuning.ledger import SweepLedger
 from tuning.settings import SweepSettings
 from tuning.sweep_result import CategoryResult, ChampionScore, describe_search, mean_scores
 from tuning.tracking.protocol import count_scores
@@ -72,9 +73,14 @@ class Crowning:
     data_uri: str
     data: Mapping[str, SearchData]
     placement: Placement
-    sweep_id: str
+    ledger: SweepLedger
+    """Whatever has been scored or registered before, by an earlier driver of the same sweep, is not again."""
     tracker: Any
     console: Console
+
+    @property
+    def sweep_id(self) -> str:
+        return self.ledger.sweep_id
 
     def crown(
         self,
@@ -161,7 +167,9 @@ class Crowning:
             return not_comparable(name, candidate.incumbent, rescored)
         return compare_rescored(name, candidate.incumbent, rescored)
 
-    def _start_scoring(self, name: str, candidate: _Candidate | str, verdict: Verdict | str) -> list[ray.ObjectRef]:
+    def _start_scoring(
+        self, name: str, candidate: _Candidate | str, verdict: Verdict | str
+    ) -> list[ray.ObjectRef | ChampionScore]:
         """Score the winner's runs on test; none where the registered champion stays."""
         from tuning.champions import load_trial_model
 
@@ -170,14 +178,15 @@ class Crowning:
         test = open_test_data(self.data_uri, self.dataset, name)
         score = self._remote(score_champion)
         return [
-            score.remote(
+            self.ledger.read_score(name, run.trial_key)
+            or score.remote(
                 load_trial_model(run_id, self.tracker.tracking_uri),
                 test,
                 self._device(),
                 self.placement.cpus,
                 draw=run_id == candidate.run_id,
             )
-            for run_id in candidate.run_ids
+            for run, run_id in zip(candidate.selection.winner.runs, candidate.run_ids, strict=True)
         ]
 
     def _conclude(
@@ -187,10 +196,8 @@ class Crowning:
         finalists: Sequence[TrialRecord],
         candidate: _Candidate | str,
         verdict: Verdict | str,
-        scoring: list[ray.ObjectRef] | str,
+        scoring: list[ray.ObjectRef | ChampionScore] | str,
     ) -> CategoryResult:
-        import ray
-
         from tuning.champions import ChampionVersion, tag_version
 
         def result(**found: Any) -> CategoryResult:
@@ -211,12 +218,28 @@ class Crowning:
             return result(**known, champion=ChampionVersion(stays.name, stays.version, stays.run_id, created=False))
         if isinstance(scoring, str):
             return result(**known, failure=scoring)
-        self.console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
-        scores = _outcome(lambda refs: cast(list[ChampionScore], ray.get(refs)), scoring)
+        champion = self.ledger.read_champion(name)
+        if champion is None:
+            self.console.print(f"scoring and registering the champion of {name}", highlight=False, markup=False)
+        scores = _outcome(self._wait_for_scores, name, candidate, scoring)
         if isinstance(scores, str):
             return result(**known, failure=scores)
-        champion = self._register(name, candidate, verdict, scores, len(trials))
+        if champion is None:
+            champion = self._register(name, candidate, verdict, scores, len(trials))
+            self.ledger.write_champion(name, champion)
         return result(**known, scores=tuple(scores), champion=champion)
+
+    def _wait_for_scores(
+        self, name: str, candidate: _Candidate, scoring: Sequence[ray.ObjectRef | ChampionScore]
+    ) -> list[ChampionScore]:
+        import ray
+
+        scores = []
+        for run, pending in zip(candidate.selection.winner.runs, scoring, strict=True):
+            score = pending if isinstance(pending, ChampionScore) else cast(ChampionScore, ray.get(pending))
+            self.ledger.write_score(name, run.trial_key, score)
+            scores.append(score)
+        return scores
 
     def _register(
         self,

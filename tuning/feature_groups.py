@@ -10,6 +10,7 @@ from ssn.config import Config, ModelConfig, unflatten
 from ssn.data.reader import CategoryInfo
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
+from tuning.costs import limit_masks
 from tuning.settings import SweepSettings
 from tuning.space import (
     RATIO_KEY,
@@ -38,6 +39,17 @@ FEATURE_KEYS = (
 """Settings on which :func:`ssn.features.feature_key` may depend, of those that a search may vary."""
 
 
+def category_spaces(settings: SweepSettings, infos: Mapping[str, CategoryInfo]) -> dict[str, CategorySpace]:
+    """The search of every category; the same for all where the search is a shared one.
+
+    Raises:
+        SSNError: see :func:`category_space` and :func:`shared_space`.
+    """
+    if settings.search.shared:
+        return dict.fromkeys(infos, shared_space(settings, infos))
+    return {name: category_space(settings, info) for name, info in infos.items()}
+
+
 def category_space(settings: SweepSettings, info: CategoryInfo) -> CategorySpace:
     """The search of one category, as its data allow.
 
@@ -45,13 +57,14 @@ def category_space(settings: SweepSettings, info: CategoryInfo) -> CategorySpace
         SSNError: see :func:`tuning.space.resolve_space`.
     """
     space, pool = settings.space(info.category), info.counts["pool"]
-    return resolve_space(
+    resolved = resolve_space(
         space,
         category=info.category,
         base=settings.base(space),
         attainable=attainable_ratios(pool.masks),
         num_defective=pool.defective,
     )
+    return limit_masks(resolved, info.category, pool.masks, settings.objective.max_masks)
 
 
 def shared_space(settings: SweepSettings, infos: Mapping[str, CategoryInfo]) -> CategorySpace:

@@ -54,6 +54,8 @@ class Finals:
 
     planned: Mapping[str, Sequence[FinalistRun]] = field(default_factory=dict)
     records: Mapping[str, Sequence[TrialRecord]] = field(default_factory=dict)
+    ended_by: str | None = None
+    """The budget that kept some from their end, in one line; None: none did."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +42,8 @@ class UnprunedSearcher(Searcher):
         super().__init__()
         self._records: dict[str, TrialRecord] = {}
         self._max_concurrent: int | None = None
+        self.ended_by: str | None = None
+        """The budget that ended the runs before their end, in one line; None: none did."""
 
     @property
     def max_concurrent(self) -> int | None:
@@ -67,7 +68,10 @@ class UnprunedSearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note how far a run is."""
         record = self._records[trial_id]
-        record.epoch, record.metrics = int(result.get("epoch", record.epoch)), dict(result)
+        record.failure = result.get("failure", record.failure)
+        if "epoch" not in result:
+            return
+        record.epoch, record.metrics = int(result["epoch"]), dict(result)
         if result.get("objective") is not None:
             record.objectives[record.epoch] = float(result["objective"])
 
@@ -78,23 +82,48 @@ class UnprunedSearcher(Searcher):
             self.on_trial_result(trial_id, result)
         cut_short = not error and record.epoch < record.max_epochs
         diverged = record.objective is not None and not math.isfinite(record.objective)
-        if cut_short:
+        if cut_short and record.failure is None:
             record.failure = f"it ended after {record.epoch} of {record.max_epochs} epochs"
         elif diverged:
             record.failure = f"its objective was {record.objective} at epoch {record.epoch}"
         record.state = "failed" if error or cut_short or diverged else "complete"
+
+    def end(self, reason: str) -> None:
+        """Take note that a budget ended the runs, those that were still under way with them.
+
+        Args:
+            reason: What it was, in one line.
+        """
+        self.ended_by = reason
+        for record in self._records.values():
+            if record.state == "running":
+                record.state = "stopped"
+                record.failure = f"{reason}, after {record.epoch} of its {record.max_epochs} epochs"
+
+    def record(self, trial_id: str) -> TrialRecord:
+        """One run, by Tune's id."""
+        return self._records[trial_id]
+
+    def origin(self, trial_id: str) -> TrialRecord | None:
+        """See :class:`tuning.ledger_callback.RecordKeeper`."""
+        return None
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a run failed, in one line; Tune tells a searcher only that it did."""
         self._records[trial_id].failure = reason
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune keeps its searcher's state."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+        """Tune keeps its searcher's state; a sweep goes by its ledger, a benchmark by its results."""
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """The counterpart of :meth:`save`."""
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
+        """Tune is never asked to restore a run."""
+        raise NotImplementedError("a sweep goes on from its ledger, a benchmark from its results")
+
+    def _enter_earlier(self, record: TrialRecord) -> None:
+        """Take over a run that had ended, under an id that Tune gives to none."""
+        record.trial_id = "-".join(map(str, record.name))
+        self._records[record.trial_id] = record
 
 
 class FixedRuns(UnprunedSearcher, Generic[R]):
@@ -108,6 +137,7 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
         stage: Of all of them, for the tracker.
         label: What a person knows a run by.
         tags: Of a run, for the tracker.
+        earlier: What a ledger has of them: those that ended are not suggested, the others go on from their checkpoints.
     """
 
     def __init__(
@@ -117,6 +147,7 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
         stage: str,
         label: Callable[[R], str],
         tags: Callable[[R], Mapping[str, str]],
+        earlier: Sequence[TrialRecord] = (),
     ) -> None:
         super().__init__()
         self._runs = list(runs)
@@ -124,6 +155,17 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
         self._labels = [label(run) for run in runs]
         self._tags = [dict(tags(run)) for run in runs]
         self._started = [False] * len(runs)
+        self._cut_short: dict[int, TrialRecord] = {}
+        known = {(r.category, r.index, r.trial_key): r for r in earlier if r.stage == stage}
+        for at, run in enumerate(self._runs):
+            record = known.get((run.category, run.index, run.identity))
+            if record is None:
+                continue
+            if record.state == "running":
+                self._cut_short[at] = record
+            else:
+                self._started[at] = True
+                self._enter_earlier(record)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -133,7 +175,8 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
     @property
     def done(self) -> bool:
         """Whether every run has ended; false after an interrupt."""
-        return all(self._started) and not any(r.state == "running" for r in self._records.values())
+        running = any(r.state == "running" for r in self._records.values())
+        return self.ended_by is not None or (all(self._started) and not running)
 
     def expected_trials(self, category: str) -> int:
         """Runs of the category."""
@@ -157,7 +200,7 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
         index = min(waiting, key=lambda i: running[self._runs[i].category])
         run = self._runs[index]
         self._started[index] = True
-        self._records[trial_id] = TrialRecord(
+        record = self._cut_short.get(index) or TrialRecord(
             trial_id=trial_id,
             trial_key=run.identity,
             category=run.category,
@@ -166,8 +209,13 @@ class FixedRuns(UnprunedSearcher, Generic[R]):
             max_epochs=int(run.config["train.epochs"]),
             config=dict(run.config),
             params={},
+            stage=self._stage,
+            tags=self._tags[index],
         )
-        return {
+        record.trial_id = trial_id
+        self._records[trial_id] = record
+        goes_on = {} if record.checkpoint is None else {"resume_from": record.checkpoint}
+        return goes_on | {
             "trial_key": run.identity,
             "category": run.category,
             "index": run.index,

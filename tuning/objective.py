@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,19 @@ import torch
 from ssn.backbone import Backbone
 from ssn.config import unflatten
 from ssn.data.reader import CategoryInfo, SearchData
+from ssn.distributed import ALONE, Workers
 from ssn.engine import EpochReport, choose_supervision, fit
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, prepare_backbone
 from ssn.streaming import prepare_features
+from tuning.costs import measure_excess
 from tuning.rungs import Rungs
 from tuning.settings import ObjectiveSettings
 
 MEAN_METRIC = "mean(image_auroc, pixel_ap)"
+
+CHECKPOINT_PERIOD_S = 300.0
+"""A trial that dies loses no more than this, and an epoch, however far apart its rungs are."""
 
 ReportResult = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 """Takes a result and, at the epochs whose checkpoint must be kept, a way to write it."""
@@ -126,6 +132,8 @@ def run_trial(
     report: ReportResult,
     resume_from: Path | None,
     device: str,
+    latency_ms: float | None = None,
+    workers: Workers = ALONE,
 ) -> None:
     """Train one configuration and report every epoch.
 
@@ -134,10 +142,13 @@ def run_trial(
         context: Of its category.
         features: Of its category, ready for training.
         report: Takes ``epoch``, ``category``, ``hostname``, ``feature_source`` (``cached`` or ``streamed``),
-            ``masks_used`` and ``weak_labels_used`` (defective images trained on with and without their masks), metrics
-            and, at rungs and at the end, ``objective`` where the context has one.
+            ``masks_used`` and ``weak_labels_used`` (defective images trained on with and without their masks),
+            ``latency_ms`` if it is known, ``excess_<bound>`` for each bound of the objective, metrics and, at rungs and
+            at the end, ``objective`` where the context has one.
         resume_from: Checkpoint folder of an earlier attempt.
         device: Where to train.
+        latency_ms: Of its network, for one image; None: not measured.
+        workers: Those who train the trial together; each calls this.
 
     Raises:
         SSNError: training diverged.
@@ -146,14 +157,20 @@ def run_trial(
     has_masks = masks_available(context.data.info)
     supervision = choose_supervision(config, features.pool)
     masks_used = len(supervision.used)
+    saved_s = time.monotonic()
+    costs: dict[str, Any] = {"masks_used": masks_used, "weak_labels_used": len(supervision.weak)}
+    if latency_ms is not None:
+        costs["latency_ms"] = latency_ms
+    if context.objective is not None:
+        costs |= measure_excess(context.objective, costs)
     rung_epochs = context.rung_epochs(config.train.epochs)
 
     def on_epoch(epoch: EpochReport, save: Callable[..., None]) -> None:
+        nonlocal saved_s
         result: dict[str, Any] = {
             "epoch": epoch.epoch,
             "category": trial["category"],
-            "masks_used": masks_used,
-            "weak_labels_used": len(supervision.weak),
+            **costs,
             "hostname": os.uname().nodename,
             "feature_source": features.source,
             **epoch.metrics,
@@ -165,12 +182,22 @@ def run_trial(
                     context.objective, epoch.metrics, has_masks=has_masks, masks_used=masks_used
                 )
                 result["objective"] = objective if math.isfinite(objective) else math.nan
-            # nobody resumes a finished trial; what it leaves is its model
-            report(result, functools.partial(save, resumable=not last))
-        else:
+        elif time.monotonic() - saved_s < CHECKPOINT_PERIOD_S:
             report(result, None)
+            return
+        # nobody resumes a finished trial; what it leaves is its model
+        report(result, functools.partial(save, resumable=not last))
+        saved_s = time.monotonic()
 
-    fit(config, features, report=on_epoch, resume_from=resume_from, pixel_epochs=rung_epochs, device=device)
+    fit(
+        config,
+        features,
+        report=on_epoch,
+        resume_from=resume_from,
+        pixel_epochs=rung_epochs,
+        device=device,
+        workers=workers,
+    )
 
 
 def use_threads(cpus: float) -> None:

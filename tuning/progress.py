@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tuning.winner import TrialRecord, select_winner
+from tuning.tracking.callback import reported_failure, trial_error
+from tuning.winner import TrialRecord, rank_trials
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -58,8 +59,7 @@ class CategoryProgress:
 def summarise(category: str, expected: int, records: Sequence[TrialRecord]) -> CategoryProgress:
     """Count the trials of one category."""
     count = {s: sum(r.state == s for r in records) for s in ("running", "complete", "pruned", "failed")}
-    complete = [r for r in records if r.state == "complete" and r.objective is not None]
-    return CategoryProgress(category, expected, best=select_winner(complete) if complete else None, **count)
+    return CategoryProgress(category, expected, best=next(iter(rank_trials(records)), None), **count)
 
 
 def estimate_time_left_s(
@@ -94,8 +94,7 @@ def format_params(params: dict[str, Any]) -> str:
 class ProgressCallback(Callback):
     """Shows a sweep's progress on standard error.
 
-    All that it shows is the searcher's, which survives a restore, so that this keeps nothing itself and can be pickled
-    at any time.
+    All that it shows is the searcher's, so that this keeps nothing itself and can be pickled at any time.
 
     Args:
         searcher: Of the same run.
@@ -129,7 +128,7 @@ class ProgressCallback(Callback):
         return self.__dict__ | {"_live": None, "_console": None, "_started_s": None, "_shown_s": float("-inf")}
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """Start the clock; categories that ended before a restore are not announced again."""
+        """Start the clock; categories that ended before a resume are not announced again."""
         logging.getLogger("ray.tune.tune").addFilter(_is_news)
         self._started_s = self._clock()
         self._announced = {c.category for c in self._board() if c.done}
@@ -141,27 +140,33 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Refresh, if it is time."""
-        self._waiting = sum(t.status == "PENDING" for t in trials)
         now = self._clock()
         if now - self._shown_s >= (_LIVE_PERIOD_S if self._live else self._interval_s):
+            self._waiting = sum(t.status == "PENDING" for t in trials)
             self._show(now)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Announce a category's end."""
+        """Say why a trial gave up, if it did, and announce a category's end."""
+        reason = reported_failure(trial)
+        if reason is not None:
+            self._print_failure(trial, reason)
         self._announce(trial.config["category"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say what went wrong, and announce a category's end."""
         assert trial.error_file is not None
-        reason = Path(trial.error_file).read_text().rstrip().rpartition("\n")[2].strip()
+        reason = trial_error(trial)
         self._searcher.note_failure(trial.trial_id, reason)
-        where = f"{trial.path}/{Path(trial.error_file).name}"
-        name = trial.config.get("label", f"trial {trial.config['index']}")
-        self._print(f"{trial.config['category']}: {name} failed: {reason}; see {where}")
+        self._print_failure(trial, f"{reason}; see {trial.path}/{Path(trial.error_file).name}")
         self._announce(trial.config["category"])
+
+    def _print_failure(self, trial: Trial, reason: str) -> None:
+        name = trial.config.get("label", f"trial {trial.config['index']}")
+        self._print(f"{trial.config['category']}: {name} failed: {reason}")
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Show where the sweep ended, interrupted or not, and give the terminal back."""
+        self._waiting = sum(t.status == "PENDING" for t in trials)
         self._show(self._clock())
         if self._live is not None:
             self._live.stop()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tuning.costs import is_feasible
 from tuning.tracking.mlflow_tracker import absolute_uri, ui_command
 from tuning.tracking.protocol import PARENT_STAGE, RunRecord
 
@@ -48,6 +49,8 @@ class LeaderboardRow:
     trials_complete: int = 0
     trials_pruned: int = 0
     trials_failed: int = 0
+    trials_infeasible: int = 0
+    """Complete or not, they exceeded a bound such as ``objective.max_masks`` and could not win."""
     duration_s: float | None = None
     """Summed over the category's trials and finalists, however many ran at once."""
     champion: str | None = None
@@ -230,6 +233,16 @@ def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def count_infeasible(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """A note on trials that could not win for what they cost; none where all could."""
+    counted = [
+        f"{row.category} {row.trials_infeasible} of {row.trials_complete + row.trials_pruned + row.trials_failed}"
+        for row in rows
+        if row.trials_infeasible
+    ]
+    return [f"trials that exceeded a bound and could not win: {', '.join(counted)}"] if counted else []
+
+
 def leaderboard_from_runs(
     dataset: str,
     sweep_id: str,
@@ -243,8 +256,8 @@ def leaderboard_from_runs(
     Trials are counted from the search's runs. A category's best run is named by its parent run's tag ``best_run_id``,
     or ``champion_run_id`` where an earlier release wrote it; test metrics are the parent's ``test_*`` metrics; label
     and mask counts are the parent's tags ``train_labels``, ``train_masks``, ``validation_labels``,
-    ``validation_masks``. What the parent's tags ``decision`` say becomes notes. A category without a winner yet shows
-    its counts alone.
+    ``validation_masks``. What the parent's tags ``decision`` and ``ended_by`` say becomes notes. A category without a
+    winner yet shows its counts alone.
 
     Args:
         dataset: Dataset's name.
@@ -260,7 +273,9 @@ def leaderboard_from_runs(
         for parent in sorted(parents, key=lambda run: run.category)
     ]
     decisions = [parent.tags["decision"] for parent in parents if "decision" in parent.tags]
-    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=(*notes, *sorted(decisions)))
+    ended_by = dict.fromkeys(parent.tags["ended_by"] for parent in parents if "ended_by" in parent.tags)
+    found = (*notes, *ended_by, *sorted(decisions), *count_infeasible(rows))
+    return Leaderboard(dataset, sweep_id, rows, tracking_uri=tracking_uri, notes=found)
 
 
 def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, RunRecord]) -> LeaderboardRow:
@@ -292,6 +307,7 @@ def _row(parent: RunRecord, children: Sequence[RunRecord], by_id: Mapping[str, R
         trials_complete=states.count("COMPLETE"),
         trials_pruned=states.count("PRUNED"),
         trials_failed=states.count("FAIL"),
+        trials_infeasible=sum(not is_feasible(trial.metrics) for trial in trials),
         duration_s=sum(durations_s) if durations_s else None,
         champion=parent.tags.get("champion") or (best.tags.get("champion_version") if best else None),
         **counts,

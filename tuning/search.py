@@ -8,27 +8,32 @@ objective for a final one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import pickle
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from ssn.config import digest, flatten, trial_identity, unflatten
 from ssn.errors import SSNError
+from tuning.costs import excesses, shape_key, trial_cost
+from tuning.sampler import make_sampler
 from tuning.space import Axis, Choice, FloatRange, Follows, IntRange, applies, as_plain, as_value, validate_space
+from tuning.warm_start import Start, Transfers, transfer_is_due
 from tuning.weights import weights_key
-from tuning.winner import RecordState, TrialRecord
+from tuning.winner import RecordState, TrialRecord, conclude
 
 if TYPE_CHECKING:
-    from ray.tune import Tuner
+    from tuning.settings import Against
+    from tuning.study_database import StudyDatabase
 
 MAX_DUPLICATES = 50
 """Suggestions in a row that repeat earlier trials before a category's space counts as exhausted."""
@@ -47,6 +52,8 @@ class CategorySearch:
     weights_digests: Mapping[str, str]
     """Of every backbone that a trial may load, by :func:`tuning.weights.weights_key`."""
     split_seed: int
+    starts: tuple[Start, ...] = ()
+    """Tried in this order after the base configuration, before the sampler is asked."""
 
     def identity(self, config: Mapping[str, Any]) -> str:
         """Identity of the trial that trains with ``config`` on this category."""
@@ -73,24 +80,35 @@ class CategorySearch:
 class MultiplexSearcher(Searcher):
     """Suggests trials of all categories; every suggestion goes to the category with the fewest started.
 
-    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain. The first of every category is
-    its base configuration. A suggestion that repeats an earlier trial of its category is answered from that trial's
-    result and asked anew, without a run and without counting against the budget.
+    A suggestion is ``{"trial_key", "category", "index", "config", "tags"}``, all plain, and ``latency_ms`` where that
+    of its network is known. The first of every category is its base configuration, then come its starts; the tag
+    ``suggested_by`` says where a configuration came from. A suggestion that repeats an earlier trial of its category is
+    answered from that trial's result and asked anew, without a run and without counting against the budget.
+
+    A sweep goes on from the records of what was there before (``earlier``): those that ended are told to the studies;
+    those that were cut short are suggested first, under the same key and index, with ``resume_from``, the path of their
+    last checkpoint, if they have one. Nothing else is taken over, and Tune never restores this searcher.
 
     Concurrency is limited here, by ``max_concurrent_trials`` of ``TuneConfig`` through :meth:`set_max_concurrency`:
-    Tune's own limiter forgets a trial that failed and then swallows its result after a restore.
+    Tune's own limiter forgets a trial that failed and then swallows its result.
 
     Args:
         categories: Served in this order among equals.
         sweep_id: Names the studies ``<sweep_id>.<category>``.
         trials_per_category: Budget, the base configuration included.
         search_seed: With the category, it seeds the sampler.
-        storage_url: Any Optuna RDB URL, such as ``sqlite:///search.db``, to watch the studies from outside; None keeps
-            them in memory, and in the searcher's own saved state. A sweep's progress is in that state either way;
-            studies that a run which was not restored left in a database are refused.
+        transfer: Have categories try, now and then, what has done best in others.
+        against: What the objective is weighed against; unless ``none``, studies have two directions.
+        sampler: Makes a category's sampler from the search seed, the category and its budget.
+        max_trials: Budget of all categories together; None: none.
+        reuse_features: Serve the category that was served last first among equals, so that its features are still
+            there. For searches whose features do not fit into memory at once: in the same order every time, none ever
+            would be.
+        earlier: Trials of the same sweep, from its ledger.
+        database: Where the studies are shown to others; the search itself works in memory.
 
     Raises:
-        SSNError: a space or base configuration is invalid, or the storage already has studies of this sweep.
+        SSNError: a space or base configuration is invalid.
     """
 
     def __init__(
@@ -100,7 +118,13 @@ class MultiplexSearcher(Searcher):
         sweep_id: str,
         trials_per_category: int,
         search_seed: int = 0,
-        storage_url: str | None = None,
+        transfer: bool = False,
+        against: Against = "none",
+        sampler: Callable[[int, str, int], BaseSampler] = make_sampler,
+        max_trials: int | None = None,
+        reuse_features: bool = False,
+        earlier: Sequence[TrialRecord] = (),
+        database: StudyDatabase | None = None,
     ) -> None:
         # Metric and mode stay unset: Tune would otherwise insist on the objective in every single report.
         super().__init__()
@@ -110,7 +134,12 @@ class MultiplexSearcher(Searcher):
             raise SSNError("no category to search; name at least one")
         self._sweep_id = sweep_id
         self._budget = trials_per_category
-        self._storage_url = storage_url
+        self._max_trials = max_trials
+        self._reuse_features = reuse_features
+        self.ended_by: str | None = None
+        """The budget that ended the search before all trials were started or done, in one line; None: none did."""
+        self._database = database
+        self._against = against
         self._max_concurrent: int | None = None
         self._categories = {c.category: c for c in categories}
         if len(self._categories) < len(categories):
@@ -118,14 +147,26 @@ class MultiplexSearcher(Searcher):
         for each in categories:
             if each.space:
                 validate_space(each.space)
-        self._samplers = {c.category: _seeded_sampler(search_seed, c.category, trials_per_category) for c in categories}
-        self._storage = _open_storage(storage_url)
-        self._studies = {c.category: self._create_study(c) for c in categories}
         self._records: dict[str, TrialRecord] = {}
         self._by_category: dict[str, list[TrialRecord]] = {c.category: [] for c in categories}
+        self._latencies_ms: dict[str, float] = {}
+        self._transfers = Transfers() if transfer else None
+        self._served: dict[str, int] = {}  # when each category was served last, in trials
+        self._running = 0
+        self._cut_short: deque[TrialRecord] = deque()
         self._exhausted: set[str] = set()
         self.notices: list[str] = []
         """Lines for the user about categories that ended early."""
+        known = [record for record in earlier if record.stage == "search"]
+        num_known = Counter(record.category for record in known)
+        self._samplers = {
+            c.category: sampler(_attempt_seed(search_seed, num_known[c.category]), c.category, trials_per_category)
+            for c in categories
+        }
+        self._storage = InMemoryStorage()
+        self._studies = {c.category: self._create_study(c) for c in categories}
+        for record in known:
+            self._take_over(record)
 
     # What others read.
 
@@ -148,9 +189,17 @@ class MultiplexSearcher(Searcher):
         """Trials in the order they were started; those of one category, or all."""
         return list(self._records.values() if category is None else self._by_category[category])
 
+    def record(self, trial_id: str) -> TrialRecord:
+        """One trial, by Tune's id."""
+        return self._records[trial_id]
+
+    def origin(self, trial_id: str) -> None:
+        """A trial's own record is all it takes to suggest it again."""
+
     def expected_trials(self, category: str) -> int:
         """How many trials the category will have had at the end."""
-        return len(self._by_category[category]) if category in self._exhausted else self._budget
+        ended = self.ended_by is not None or category in self._exhausted
+        return len(self._by_category[category]) if ended else self._budget
 
     @property
     def done(self) -> bool:
@@ -168,9 +217,14 @@ class MultiplexSearcher(Searcher):
         return self._studies[category]
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
-        """Objective by epoch of one trial; empty if the trial is unknown. Survives a restore."""
+        """Objective by epoch of one trial; empty if the trial is unknown."""
         record = self._records.get(trial_id)
         return dict(record.objectives) if record else {}
+
+    def recorded_metrics(self, trial_id: str) -> Mapping[str, Any]:
+        """The last report of one trial; empty if the trial is unknown."""
+        record = self._records.get(trial_id)
+        return record.metrics if record else {}
 
     # What Tune calls.
 
@@ -182,25 +236,22 @@ class MultiplexSearcher(Searcher):
     # Ray's annotation leaves out FINISHED, which is a string.
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while the concurrency limit is reached; ``FINISHED`` once all budgets are used."""
-        running = sum(r.state == "running" for r in self._records.values())
-        if self._max_concurrent is not None and running >= self._max_concurrent:
+        if self._max_concurrent is not None and self._running >= self._max_concurrent:
             return None
+        if self._cut_short and self.ended_by is None:
+            return self._start(self._again(self._cut_short.popleft(), trial_id))
         while True:
             open_ = [c for c in self._categories if c not in self._exhausted and self._left(c) > 0]
-            if not open_:
+            if not open_ or self.ended_by is not None:
                 return str(Searcher.FINISHED)
-            category = min(open_, key=lambda c: len(self._by_category[c]))
+            if self._max_trials is not None and len(self._records) >= self._max_trials:
+                self._close(f"search.max_trials={self._max_trials}")
+                return str(Searcher.FINISHED)
+            category = min(open_, key=self._turn)
             record = self._ask(category, trial_id)
             if record is not None:
-                self._records[trial_id] = record
                 self._by_category[category].append(record)
-                return {
-                    "trial_key": record.trial_key,
-                    "category": category,
-                    "index": record.index,
-                    "config": dict(record.config),
-                    "tags": self._categories[category].tags(record.config),
-                }
+                return self._start(record)
             self._exhausted.add(category)
             self.notices.append(
                 f"{category}: ended after {len(self._by_category[category])} of {self._budget} trials, because "
@@ -225,47 +276,37 @@ class MultiplexSearcher(Searcher):
             self._take(record, result)
         if error:
             self._finish(record, "failed", record.failure or "it raised an error")
-        elif record.epoch == 0:
-            self._finish(record, "failed", "it ended without reporting an epoch")
-        elif record.objective is not None and not math.isfinite(record.objective):
-            self._finish(record, "failed", f"its objective was {record.objective} at epoch {max(record.objectives)}")
-        elif record.epoch < record.max_epochs:
-            self._finish(record, "pruned")
-        elif record.epoch in record.objectives:
-            self._finish(record, "complete")
         else:
-            self._finish(record, "failed", "it reported no objective at its last epoch")
+            self._finish(record, *conclude(record))
+
+    def end(self, reason: str) -> None:
+        """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        running = [record for record in self._records.values() if record.state == "running"]
+        for record in running:
+            self._finish(record, "stopped")
+        while self._cut_short:  # of an earlier driver, and not begun again
+            self._cut_short.popleft().state = "stopped"
+        self._close(reason, f" and stopped {len(running)} that still ran" if running else "")
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keep why a trial failed, in one line; Tune tells a searcher only that it did."""
         self._records[trial_id].failure = reason
 
     def save(self, checkpoint_path: str) -> None:
-        """Pickle the whole state, in-memory studies and samplers included."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__getstate__()))
+        """Tune keeps its searcher's state; a sweep goes by its ledger."""
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take up a saved state; the concurrency limit stays the present one."""
-        limit = self._max_concurrent
-        self.__setstate__(pickle.loads(Path(checkpoint_path).read_bytes()))
-        self._max_concurrent = limit
-        self._abandon_unknown()
+        """Tune is never asked to restore a sweep."""
+        raise NotImplementedError("a sweep goes on from its ledger")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._storage_url is not None:
-            # A database is its own record and its connection cannot be pickled.
-            del state["_storage"], state["_studies"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._storage_url is not None:
-            self._storage = _open_storage(self._storage_url)
-            self._studies = {
-                c: optuna.load_study(study_name=self._study_name(c), storage=self._storage, sampler=self._samplers[c])
-                for c in self._categories
-            }
+        # Tune stores what it was given as a run begins, and never reads it back
+        return {**self.__dict__, "_database": None}
 
     # How it is done.
 
@@ -273,19 +314,84 @@ class MultiplexSearcher(Searcher):
         return f"{self._sweep_id}.{category}"
 
     def _create_study(self, category: CategorySearch) -> optuna.Study:
-        name = self._study_name(category.category)
-        try:
-            return optuna.create_study(
-                study_name=name,
-                storage=self._storage,
-                direction="maximize",
-                sampler=self._samplers[category.category],
-                pruner=optuna.pruners.NopPruner(),
-            )
-        except optuna.exceptions.DuplicatedStudyError as error:
-            raise SSNError(
-                f"{self._storage_url} already has the study {name}; resume that sweep or choose another sweep id"
-            ) from error
+        study = optuna.create_study(
+            study_name=self._study_name(category.category),
+            storage=self._storage,
+            directions=["maximize"] if self._against == "none" else ["maximize", "minimize"],
+            sampler=self._samplers[category.category],
+            pruner=optuna.pruners.NopPruner(),
+        )
+        if self._database is not None:
+            self._database.start(study.study_name, study.directions)
+        return study
+
+    def _take_over(self, record: TrialRecord) -> None:
+        """Enter a trial of an earlier driver: as it ended, or to be suggested again."""
+        record = dataclasses.replace(record, trial_id="-".join(map(str, record.name)))
+        self._by_category[record.category].append(record)
+        if record.state == "running":
+            self._cut_short.append(record)
+            return
+        self._records[record.trial_id] = record
+        record.number = self._ask_again(record)
+        self._note_latency(record)
+        self._enter(record)
+
+    def _start(self, record: TrialRecord) -> dict[str, Any]:
+        """Enter a trial that is about to run; returns its suggestion."""
+        record.tags = {**self._categories[record.category].tags(record.config), "suggested_by": record.suggested_by}
+        self._records[record.trial_id] = record
+        self._served[record.category] = len(self._records)
+        self._running += 1
+        self._show(record)
+        return {
+            "trial_key": record.trial_key,
+            "category": record.category,
+            "index": record.index,
+            "config": dict(record.config),
+            "tags": dict(record.tags),
+            **self._known_latency(record),
+            **({} if record.checkpoint is None else {"resume_from": record.checkpoint}),
+        }
+
+    def _again(self, record: TrialRecord, trial_id: str) -> TrialRecord:
+        record.trial_id, record.number = trial_id, self._ask_again(record)
+        record.state, record.failure = "running", None
+        return record
+
+    def _ask_again(self, record: TrialRecord) -> int:
+        """The number of a new trial in the study, with the settings of one that there was."""
+        study = self._studies[record.category]
+        study.enqueue_trial(
+            _encode(self._categories[record.category].space, record.config),
+            user_attrs={
+                "trial_key": record.trial_key,
+                "params": record.params,
+                "index": record.index,
+                "suggested_by": record.suggested_by,
+            },
+        )
+        return self._draw(record.category)[0].number
+
+    def _show(self, record: TrialRecord) -> None:
+        """Bring a trial, as its study has it now, into the database."""
+        if self._database is not None:
+            self._database.write(self._study_name(record.category), self._storage.get_trial(self._id_of(record)))
+
+    def _id_of(self, record: TrialRecord) -> int:
+        study_id = self._storage.get_study_id_from_name(self._study_name(record.category))
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
+
+    def _close(self, reason: str, more: str = "") -> None:
+        """Start no further trial, and say so."""
+        total = self._budget * len(self._categories)
+        self.ended_by = f"{reason} ended the search after {len(self._records)} of {total} trials{more}"
+        self.notices.append(self.ended_by)
+
+    def _turn(self, category: str) -> tuple[int, int]:
+        """The category with the least is next."""
+        started = self._by_category[category]
+        return len(started), -self._served.get(category, 0) if self._reuse_features else 0
 
     def _left(self, category: str) -> int:
         return self._budget - len(self._by_category[category])
@@ -294,8 +400,12 @@ class MultiplexSearcher(Searcher):
         """A trial that is not a repetition, or None after too many that are."""
         search, study = self._categories[category], self._studies[category]
         earlier = {r.trial_key: r for r in self._by_category[category]}
-        if not earlier:
-            study.enqueue_trial(_encode(search.space, search.base))
+        used = {r.index for r in earlier.values()}
+        index = next(i for i in itertools.count() if i not in used)
+        start = self._planned(category, index)
+        if start is not None:
+            settings = _encode(search.space, {**search.base, **start.params})
+            study.enqueue_trial(settings, user_attrs={"suggested_by": start.suggested_by})
         for _ in range(MAX_DUPLICATES):
             asked, params = self._draw(category)
             config = search.config(params)
@@ -303,7 +413,6 @@ class MultiplexSearcher(Searcher):
             asked.set_user_attr("trial_key", key)
             asked.set_user_attr("params", params)
             if key not in earlier:
-                index = len(self._by_category[category])
                 asked.set_user_attr("index", index)
                 return TrialRecord(
                     trial_id=trial_id,
@@ -314,9 +423,25 @@ class MultiplexSearcher(Searcher):
                     max_epochs=int(config["train.epochs"]),
                     config=config,
                     params=params,
+                    suggested_by=asked.user_attrs.get("suggested_by", "sampler"),
                 )
             asked.set_user_attr("duplicate_of", earlier[key].number)
             self._tell(dataclasses.replace(earlier[key], number=asked.number))
+        return None
+
+    def _planned(self, category: str, index: int) -> Start | None:
+        """What the category's trial ``index`` is without asking the sampler."""
+        search, records = self._categories[category], self._by_category[category]
+        planned = (Start({}, "default"), *search.starts)
+        if index < len(planned):
+            return planned[index]
+        transferred = sum(r.suggested_by == "transfer" for r in records)
+        if self._transfers is None or not transfer_is_due(self._budget, started=len(records), transferred=transferred):
+            return None
+        tried = {r.trial_key for r in records}
+        for params in self._transfers.ranked(search.space, search.base, besides=category):
+            if search.identity(search.config(params)) not in tried:
+                return Start(params, "transfer")
         return None
 
     def _draw(self, category: str) -> tuple[optuna.Trial, dict[str, Any]]:
@@ -332,19 +457,40 @@ class MultiplexSearcher(Searcher):
                     params[key] = _suggest(asked, key, axis)
         return asked, params
 
+    def _known_latency(self, record: TrialRecord) -> dict[str, float]:
+        """What another trial has measured of a network of the same shape."""
+        key = shape_key(record.config)
+        return {"latency_ms": self._latencies_ms[key]} if key in self._latencies_ms else {}
+
     def _take(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
         """Note a report; Tune delivers the last one twice, and a resumed trial may repeat an epoch."""
+        record.failure = result.get("failure", record.failure)
         epoch = result.get("epoch")
         if epoch is None:
             return
         record.epoch = int(epoch)
         record.metrics = dict(result)
+        self._note_latency(record)
         if result.get("objective") is not None:
             record.objectives[record.epoch] = float(result["objective"])
 
     def _finish(self, record: TrialRecord, state: RecordState, failure: str | None = None) -> None:
         record.state, record.failure = state, failure
+        self._running -= 1
+        self._enter(record)
+
+    def _enter(self, record: TrialRecord) -> None:
+        """Have everybody learn of a trial that has ended."""
         self._tell(record)
+        self._show(record)
+        if record.state == "complete" and record.feasible and self._transfers is not None:
+            assert record.objective is not None
+            self._transfers.note(record.category, record.config, record.objective, is_default=record.index == 0)
+
+    def _note_latency(self, record: TrialRecord) -> None:
+        if "latency_ms" in record.metrics:
+            known = self._latencies_ms.setdefault(shape_key(record.config), float(record.metrics["latency_ms"]))
+            record.metrics["latency_ms"] = known  # trials that measured one shape at the same time
 
     def _tell(self, record: TrialRecord) -> None:
         """Bring a finished record, its intermediate values included, into its study.
@@ -352,62 +498,35 @@ class MultiplexSearcher(Searcher):
         A trial whose objective stopped being a number is told as PRUNED: Optuna ranks a NaN behind everything of its
         epoch, so the sampler learns to keep away, whereas it ignores what is told as FAIL.
         """
-        study = self._studies[record.category]
-        study_id = self._storage.get_study_id_from_name(study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, record.number)
-        if self._storage.get_trial(trial_id).state.is_finished():
-            # The database was ahead of the state this searcher was restored from.
-            return
+        study, trial_id = self._studies[record.category], self._id_of(record)
+        for bound, excess in excesses(record.metrics).items():
+            # what Trial.set_constraint does; making a Trial of a number would draw from the sampler
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{bound}", excess)
         for epoch, objective in sorted(record.objectives.items()):
             value = objective if math.isfinite(objective) else math.nan
-            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            if self._against == "none":
+                self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            else:  # TPE ranks pruned trials that have intermediate values by a study's one direction, or fails
+                self._storage.set_trial_user_attr(trial_id, f"objective at epoch {epoch}", value)
         if record.state == "complete":
-            study.tell(record.number, record.objective)
+            assert record.objective is not None
+            cost = [] if self._against == "none" else [trial_cost(record.metrics, self._against)]
+            study.tell(record.number, [record.objective, *cost])
         elif record.state == "pruned" or any(not math.isfinite(o) for o in record.objectives.values()):
             study.tell(record.number, state=TrialState.PRUNED)
         else:
             study.tell(record.number, state=TrialState.FAIL)
 
     def _reopen(self, record: TrialRecord) -> None:
-        """Let a failed trial run again after a restore; a study reopens no trial, so the attempt gets a new number."""
-        study = self._studies[record.category]
-        study.enqueue_trial(
-            _encode(self._categories[record.category].space, record.config),
-            user_attrs={"trial_key": record.trial_key, "params": record.params, "index": record.index},
-        )
-        record.number = self._draw(record.category)[0].number
-        record.state, record.failure = "running", None
-
-    def _abandon_unknown(self) -> None:
-        """Fail the running trials of a database that the restored state never heard of: nobody runs them any more."""
-        for category, study in self._studies.items():
-            known = {r.number for r in self._by_category[category]}
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if trial.number not in known:
-                    study.tell(trial.number, state=TrialState.FAIL)
+        """Let a trial that had ended run again; a study reopens none, so the attempt gets a new number."""
+        self._again(record, record.trial_id)
+        self._running += 1
+        self._show(record)
 
 
-def searcher_of(tuner: Tuner) -> MultiplexSearcher:
-    """The searcher that a tuner runs with: after ``Tuner.restore`` not the one it was built with, but its copy."""
-    assert tuner._local_tuner is not None  # it is with Ray Client only
-    searcher = tuner._local_tuner._tune_config.search_alg
-    assert isinstance(searcher, MultiplexSearcher)
-    return searcher
-
-
-def _open_storage(url: str | None) -> BaseStorage:
-    if url is None:
-        return InMemoryStorage()
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # SQLAlchemy's and the drivers' exceptions have no common base
-        raise SSNError(f"search storage {url} cannot be opened: {error}".splitlines()[0]) from error
-
-
-def _seeded_sampler(search_seed: int, category: str, budget: int) -> TPESampler:
-    seed = int(digest([search_seed, category])[:8], 16)
-    # Optuna's ten random trials before it models anything would be the whole of a small budget.
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, budget // 3)), constant_liar=True)
+def _attempt_seed(search_seed: int, num_known: int) -> int:
+    """Of a sampler that begins with so many trials there: a stream of its own, lest it repeats what was tried."""
+    return search_seed if num_known == 0 else int(digest([search_seed, num_known])[:8], 16)
 
 
 def _index_name(key: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig, flatten
 from ssn.errors import SSNError
+from tuning.budget import Budget
 from tuning.rungs import Rungs
 from tuning.space import (
     EPOCHS_KEY,
@@ -24,6 +25,8 @@ from tuning.space import (
 )
 from tuning.space_syntax import DEFAULT_SPACE, parse_space
 
+Against = Literal["none", "labels", "latency"]
+Pick = Literal["best", "knee"]
 ObjectiveMetric = Literal["mean(image_auroc, pixel_ap)", "image_auroc", "image_ap", "pixel_ap", "aupro"]
 
 
@@ -51,6 +54,21 @@ class SearchSettings:
     """Of the search; it draws suggestions, not weights or noise."""
     max_concurrent: int | None = None
     """Most trials at once; None: as many as the cluster holds."""
+    warm_start: bool = True
+    """Whether the second trial of a category is its registered champion's configuration, where there is one."""
+    transfer: bool = False
+    """Whether categories also try what did best in others, of this sweep and of earlier ones of the dataset: at most
+    three trials of each category, and a quarter of its budget."""
+    max_trials: int | None = None
+    """Most trials of all categories together; None: ``trials`` of each."""
+    time_budget: str | None = None
+    """Of the search, such as ``2h`` or ``90m``: trials that still run are stopped then, and champions are chosen among
+    the complete ones."""
+    max_gpu_hours: float | None = None
+    """GPUs held times hours, over all trials; past it, as past the time budget."""
+    storage: str | None = None
+    """Optuna RDB URL of the studies, such as ``postgresql://...``, for Optuna's dashboard; None: a SQLite file in the
+    sweep's folder, or none where that is an object store."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,15 @@ class ObjectiveSettings:
     """Image metrics alone are used for a category without masks."""
     cost_per_mask: float = 0.0
     """Subtracted from the objective for every labelled mask used; 0: labels are free."""
+    against: Against = "none"
+    """What the objective is weighed against, as a front of the trials that no other beats in both: ``labels``, the
+    defective images used in training, or ``latency``, of one image, in ms."""
+    pick: Pick = "best"
+    """Which trial of the front becomes champion: the one with the highest objective, or the one at the front's knee."""
+    max_masks: int | None = None
+    """Most masks that a trial may use to become champion."""
+    max_latency_ms: float | None = None
+    """Longest that a trial's network may take for one image, in ms on the trial's device, to become champion."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,8 @@ class ResourceSettings:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0
     """Below 1, trials share a GPU."""
+    memory_gb_per_worker: float | None = None
+    """Memory that Ray reserves for each worker, so that a node never holds more of them than fit; None: none."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +138,35 @@ class SweepSettings:
         _require("search.eta", s.eta, s.eta >= 2, "at least 2")
         _require("search.seed", s.seed, s.seed >= 0, "at least 0")
         _require("search.max_concurrent", s.max_concurrent, s.max_concurrent is None or s.max_concurrent >= 1, ">= 1")
+        _require("search.max_trials", s.max_trials, s.max_trials is None or s.max_trials >= 1, "at least 1")
+        _require("search.max_gpu_hours", s.max_gpu_hours, s.max_gpu_hours is None or s.max_gpu_hours > 0, "positive")
+        _ = self.budget().time_s  # refuses what is no time
         _require("finalists.count", self.finalists.count, self.finalists.count >= 1, "at least 1")
         _require("finalists.seeds", self.finalists.seeds, self.finalists.seeds >= 1, "at least 1")
         _require("objective.metric", o.metric, o.metric in get_args(ObjectiveMetric), f"one of {_METRICS}")
         _require("objective.cost_per_mask", o.cost_per_mask, o.cost_per_mask >= 0, "at least 0")
+        _require("objective.against", o.against, o.against in get_args(Against), "one of none, labels, latency")
+        _require("objective.pick", o.pick, o.pick in get_args(Pick), "best or knee")
+        weighed = o.pick == "best" or o.against != "none"
+        _require("objective.pick", o.pick, weighed, "best, unless objective.against is labels or latency")
+        free = o.cost_per_mask == 0 or o.against != "labels"
+        _require("objective.cost_per_mask", o.cost_per_mask, free, "0 where objective.against is labels")
+        _require("objective.max_masks", o.max_masks, o.max_masks is None or o.max_masks >= 0, "at least 0")
+        positive = o.max_latency_ms is None or o.max_latency_ms > 0
+        _require("objective.max_latency_ms", o.max_latency_ms, positive, "positive")
+        if s.shared:  # its study is told one mean objective, and its categories' pools differ
+            for key, value, plain in (
+                ("objective.against", o.against, "none"),
+                ("objective.max_masks", o.max_masks, None),
+                ("objective.max_latency_ms", o.max_latency_ms, None),
+                ("search.transfer", s.transfer, False),
+            ):
+                _require(key, value, value == plain, f"{'null' if plain is None else plain} with search.shared")
         _require("resources.num_workers", r.num_workers, r.num_workers is None or r.num_workers >= 0, "at least 0")
         _require("resources.cpus_per_worker", r.cpus_per_worker, r.cpus_per_worker > 0, "positive")
         _require("resources.gpus_per_worker", r.gpus_per_worker, r.gpus_per_worker > 0, "positive")
+        memory_gb = r.memory_gb_per_worker
+        _require("resources.memory_gb_per_worker", memory_gb, memory_gb is None or memory_gb > 0, "positive")
         for category in (None, *s.categories):
             self._check_space(category)
 
@@ -164,6 +215,10 @@ class SweepSettings:
         if "model.variant" not in space:
             return resolved
         return {key: resolved[key] if key in space else value for key, value in flatten(self.config()).items()}
+
+    def budget(self) -> Budget:
+        """What the search may spend."""
+        return Budget(self.search.max_trials, self.search.time_budget, self.search.max_gpu_hours)
 
     def rungs(self) -> Rungs:
         """When trials are compared."""

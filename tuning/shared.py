@@ -14,7 +14,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from ray.tune.search import Searcher
@@ -25,17 +25,21 @@ from ssn.errors import SSNError
 from tuning.benchmark_plan import canonical
 from tuning.finalists import RULE, Finalist, FinalistRun, Selection, gather_finalist, plan_finalists
 from tuning.fixed_runs import UnprunedSearcher
+from tuning.ledger import CONFIGURATION_STAGE
 from tuning.rungs import rung_epochs
 from tuning.search import CategorySearch, MultiplexSearcher
 from tuning.settings import FinalistSettings
 from tuning.winner import TrialRecord, rank_key
+
+if TYPE_CHECKING:
+    from tuning.study_database import StudyDatabase
 
 ALL = "all categories"
 """What the study has for a category; its trials are configurations and its epochs categories."""
 
 SHARED_RULE = f"of one configuration for all categories, the mean over them: {RULE}"
 
-State = Literal["running", "complete", "pruned", "failed"]
+State = Literal["running", "complete", "pruned", "failed", "stopped"]
 
 
 def goes_on(mean: float, others: Sequence[float], eta: int) -> bool:
@@ -83,6 +87,9 @@ class SharedSearcher(UnprunedSearcher):
         categories: In the order they are tried.
         pools: Counts of each category's labelled pool.
         eta: Reduction factor of the rungs over categories: 1, eta, eta^2, ...
+        max_trials: Budget of runs, over all categories together; None: none.
+        earlier: Trials of the same sweep, from its ledger. The study suggests its earlier configurations again, and
+            those trials of theirs that have ended are not run again.
     """
 
     def __init__(
@@ -92,17 +99,30 @@ class SharedSearcher(UnprunedSearcher):
         *,
         pools: Mapping[str, SplitCount],
         eta: int,
+        max_trials: int | None = None,
+        earlier: Sequence[TrialRecord] = (),
     ) -> None:
         super().__init__()
         self._study = study
+        self._max_trials = max_trials
         self._searches = {search.category: search for search in categories}
         self._pools = dict(pools)
         self._eta = eta
         self._rungs = rung_epochs(len(categories), 1, eta)
         self._reached: dict[int, list[float]] = {rung: [] for rung in self._rungs}
         self._by_identity: dict[tuple[str, str], TrialRecord] = {}
+        self._origins: dict[str, Configuration] = {}  # of the trial that was started for it, by Tune's id
         self.configurations: list[Configuration] = []
         """In the order they were suggested."""
+        self._cut_short: dict[tuple[str, str], TrialRecord] = {}
+        for record in earlier:
+            if record.stage != "search":
+                continue
+            if record.state == "running":
+                self._cut_short[record.category, record.trial_key] = record
+            else:
+                self._by_identity[record.category, record.trial_key] = record
+                self._enter_earlier(record)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -140,6 +160,12 @@ class SharedSearcher(UnprunedSearcher):
         """The next trial; None while places are taken or what follows depends on running trials."""
         if self.full:
             return None
+        if self._max_trials is not None and len(self._records) >= self._max_trials and not self.done:
+            if any(record.state == "running" for record in self._records.values()):
+                return None
+            self.end(f"search.max_trials={self._max_trials}")
+        if self.ended_by is not None:
+            return str(Searcher.FINISHED)
         while True:
             chosen = next((c for c in self.configurations if self._may_start(c)), None) or self._ask()
             if chosen is None:
@@ -153,7 +179,7 @@ class SharedSearcher(UnprunedSearcher):
                 chosen.records[category] = known
                 self._advance(chosen)
                 continue
-            record = TrialRecord(
+            record = self._cut_short.get((category, key)) or TrialRecord(
                 trial_id=trial_id,
                 trial_key=key,
                 category=category,
@@ -162,21 +188,41 @@ class SharedSearcher(UnprunedSearcher):
                 max_epochs=int(config["train.epochs"]),
                 config=config,
                 params={name: config[name] for name in chosen.params},
+                tags={"configuration": str(chosen.index), **self._searches[category].tags(config)},
             )
+            record.trial_id = trial_id
+            self._origins[trial_id] = chosen
             self._records[trial_id] = chosen.records[category] = self._by_identity[category, key] = record
-            return {
+            goes_on = {} if record.checkpoint is None else {"resume_from": record.checkpoint}
+            return goes_on | {
                 "trial_key": key,
                 "category": category,
-                "index": chosen.index,
+                "index": record.index,
                 "config": dict(config),
-                "tags": {"configuration": str(chosen.index), **self._searches[category].tags(config)},
+                "tags": dict(record.tags),
             }
+
+    def origin(self, trial_id: str) -> TrialRecord:
+        """The configuration that a trial belongs to, as it was suggested: its trials know what they made of it."""
+        return replace(self._study.record(self._origins[trial_id].id), stage=CONFIGURATION_STAGE, state="running")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Note how a trial ended, and take every configuration that waited for it a step further."""
         super().on_trial_complete(trial_id, result, error)
         for configuration in self.configurations:
             self._advance(configuration)
+
+    def end(self, reason: str) -> None:
+        """Take note that a budget ended the search: configurations that were under way are out.
+
+        Args:
+            reason: What ended it, such as ``search.time_budget=2h``.
+        """
+        self._study.end(reason)
+        super().end(self._study.ended_by or reason)
+        for configuration in self.configurations:
+            if configuration.state == "running":
+                configuration.state = "stopped"
 
     def _may_start(self, configuration: Configuration) -> bool:
         """Whether a configuration's next category can be started without knowing how the running ones end."""
@@ -191,7 +237,7 @@ class SharedSearcher(UnprunedSearcher):
         suggested = self._study.suggest(name)
         if not isinstance(suggested, dict):
             return None
-        asked = self._study.records(ALL)[-1]
+        asked = self._study.record(name)
         asked.max_epochs = len(self.categories)  # its steps are categories
         configuration = Configuration(name, asked.index, asked.config, asked.params)
         self.configurations.append(configuration)
@@ -234,6 +280,9 @@ def make_shared_searcher(
     num_configurations: int,
     search_seed: int,
     eta: int,
+    max_trials: int | None = None,
+    earlier: Sequence[TrialRecord] = (),
+    database: StudyDatabase | None = None,
 ) -> SharedSearcher:
     """The searcher of a shared search.
 
@@ -244,6 +293,9 @@ def make_shared_searcher(
         num_configurations: Budget, the base configuration included.
         search_seed: Of the sampler.
         eta: See :class:`SharedSearcher`.
+        max_trials: See :class:`SharedSearcher`.
+        earlier: See :class:`SharedSearcher`.
+        database: See :class:`tuning.search.MultiplexSearcher`.
     """
     fingerprints = digest([search.search_fingerprint for search in categories])
     study = MultiplexSearcher(
@@ -251,8 +303,14 @@ def make_shared_searcher(
         sweep_id=sweep_id,
         trials_per_category=num_configurations,
         search_seed=search_seed,
+        earlier=[
+            replace(record, stage="search", epoch=0, objectives={}, metrics={}, checkpoint=None, failure=None)
+            for record in earlier
+            if record.stage == CONFIGURATION_STAGE
+        ],
+        database=database,
     )
-    return SharedSearcher(study, categories, pools=pools, eta=eta)
+    return SharedSearcher(study, categories, pools=pools, eta=eta, max_trials=max_trials, earlier=earlier)
 
 
 def plan_shared_finalists(searcher: SharedSearcher, settings: FinalistSettings) -> dict[str, list[FinalistRun]]:
@@ -288,10 +346,10 @@ def select_shared(
         states = Counter(c.state for c in searcher.configurations)
         counted = ", ".join(f"{number} {state}" for state, number in states.items())
         failures = [r.failure for c in searcher.configurations for r in c.records.values() if r.state == "failed"]
-        raise SSNError(
-            f"no winner, because no configuration was trained on all categories ({counted}); "
-            f"mend what failed ({(failures or ['nothing was started'])[0]}) and sweep again"
-        )
+        way_out = f"mend what failed ({(failures or ['nothing was started'])[0]}) and sweep again"
+        if not failures and states["stopped"]:
+            way_out = "raise the budget that ended the search"
+        raise SSNError(f"no winner, because no configuration was trained on all categories ({counted}); {way_out}")
     notices: list[str] = []
 
     def gather(configuration: Configuration) -> dict[str, Finalist]:

@@ -135,6 +135,7 @@ def leaderboard_row(data: SearchData, result: CategoryResult) -> LeaderboardRow:
         trials_complete=states.count("complete"),
         trials_pruned=states.count("pruned"),
         trials_failed=states.count("failed"),
+        trials_infeasible=sum(not t.feasible for t in result.trials),
         duration_s=sum(t.duration_s for t in (*result.trials, *result.finalists)),
         champion=f"{result.champion.name}/{result.champion.version}" if result.champion else None,
     )
@@ -207,9 +208,14 @@ def _trial_dict(trial: TrialRecord) -> dict[str, Any]:
     """``elapsed_s`` is the trial's wall time as Tune saw it; what ``duration_s`` leaves of it is the platform's."""
     return {
         "index": trial.index,
+        "suggested_by": trial.suggested_by,
         "state": trial.state,
         "epoch": trial.epoch,
         "objective": trial.objective,
+        "masks_used": trial.metrics.get("masks_used"),
+        "weak_labels_used": trial.metrics.get("weak_labels_used"),
+        "latency_ms": trial.metrics.get("latency_ms"),
+        "feasible": trial.feasible,
         "params": trial.params,
         "duration_s": trial.duration_s,
         "elapsed_s": trial.metrics.get("time_total_s"),

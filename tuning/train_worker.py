@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssn.checkpoint import META_FILE
 from ssn.config import unflatten
+from ssn.distributed import ALONE, TIMEOUT, ProcessGroup, Workers
+from ssn.errors import SSNError
+from tuning.costs import needs_latency
 from tuning.feature_store import get_features
 from tuning.objective import ReportResult, TrialContext, build_features, run_trial, use_threads
 from tuning.weights import weights_key
@@ -43,11 +47,19 @@ class Placement:
     """Of each worker, or of the one process."""
     gpus: float
     """Likewise; 0 without GPUs."""
+    memory_bytes: int = 0
+    """Likewise; 0: Ray reserves none."""
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs that a trial holds."""
+        return max(1, self.num_workers) * self.gpus if self.use_gpu else 0.0
 
     @property
     def per_worker(self) -> dict[str, float]:
         """Resources of each worker, or of the one process."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
+        gpu = {"GPU": self.gpus} if self.use_gpu else {}
+        return {"CPU": self.cpus, **gpu, **({"memory": self.memory_bytes} if self.memory_bytes else {})}
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,22 @@ class WorkerSetup:
 
 
 def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
-    """Tune trainable that trains in its own process."""
+    """Tune trainable that trains in its own process.
+
+    An :class:`~ssn.errors.SSNError` is reported, as the ``failure`` of a last result, and not raised: another attempt
+    would come to the same, and whatever else is raised, or kills the process, is tried again.
+    """
     from ray import tune
 
-    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=_local_device(setup))
+    device = "cuda" if setup.placement.use_gpu else "cpu"
+    _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=device, workers=ALONE)
 
 
 def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """Tune trainable that starts a Ray Train worker group and waits for it.
 
-    The group's run is named after the trial, so that it resumes by itself from its own last checkpoint.
+    The group's run is named after the trial, so that it resumes by itself from its own last checkpoint when the trial's
+    process is started again. It keeps two: the driver, which notes where each is, hears of the last one later.
     """
     from ray import train, tune
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -93,7 +111,9 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
         scaling_config=train.ScalingConfig(
             num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.per_worker
         ),
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
+        ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
             storage_path=setup.storage_path,
@@ -102,7 +122,7 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             # a controller that may fail for ever never tells Tune that its trial has failed
             failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=0),  # type: ignore[call-arg]
-            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
         ),
     ).fit()
 
@@ -111,20 +131,20 @@ def _train_in_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    _train(
-        config["trial"],
-        config["setup"],
-        report=_reporter(train),
-        checkpoint=train.get_checkpoint(),
-        device=str(get_device()),
-    )
+    device = str(get_device())
+    # Train has made torch's process group
+    workers = ProcessGroup(device) if train.get_context().get_world_size() > 1 else ALONE
+    report = _reporter(train, keeps=workers.rank == 0)
+    checkpoint = train.get_checkpoint()
+    _train(config["trial"], config["setup"], report=report, checkpoint=checkpoint, device=device, workers=workers)
 
 
-def _reporter(api: Any) -> ReportResult:
-    """Report through ``ray.tune`` or ``ray.train``, which take the same."""
+def _reporter(api: Any, *, keeps: bool = True) -> ReportResult:
+    """Report through ``ray.tune`` or ``ray.train``, which take the same; with checkpoints where this worker ``keeps``
+    them. Each worker of a group reports, for Train waits for all, and what the first reports is what counts."""
 
     def report(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
-        if save is None:
+        if save is None or not keeps:
             api.report(result)
             return
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
@@ -134,27 +154,70 @@ def _reporter(api: Any) -> ReportResult:
     return report
 
 
-def _train(trial: Mapping[str, Any], setup: WorkerSetup, *, report: ReportResult, checkpoint: Any, device: str) -> None:
+def _train(
+    trial: Mapping[str, Any],
+    setup: WorkerSetup,
+    *,
+    report: ReportResult,
+    checkpoint: Any,
+    device: str,
+    workers: Workers,
+) -> None:
     use_threads(setup.placement.cpus)
     context = setup.contexts[trial["category"]]
-    if setup.finish is not None:
+    if setup.finish is not None and workers.rank == 0:
         report = _finishing(report, setup.finish, trial, device)
-    with _checkpoint_folder(checkpoint) as resume_from:
-        run_trial(
-            trial,
-            context,
-            _load_features(trial, setup, context, device),
-            report=report,
-            resume_from=resume_from,
-            device=device,
-        )
+    if checkpoint is None:
+        checkpoint = _earlier_checkpoint(trial, setup)
+    try:
+        with _checkpoint_folder(checkpoint) as resume_from:
+            run_trial(
+                trial,
+                context,
+                _load_features(trial, setup, context, device),
+                report=report,
+                resume_from=resume_from,
+                device=device,
+                latency_ms=_latency_ms(trial, context, device),
+                workers=workers,
+            )
+    except SSNError as error:
+        if setup.placement.num_workers > 1:  # a report needs all workers, and others may not have failed
+            raise
+        report({"failure": " ".join(str(error).split()), "category": trial["category"]}, None)
+
+
+def _earlier_checkpoint(trial: Mapping[str, Any], setup: WorkerSetup) -> Any:
+    """Where a trial of a resumed sweep goes on; None: at its beginning, also if its checkpoint is gone."""
+    from pyarrow.fs import LocalFileSystem
+    from ray.tune import Checkpoint
+
+    path = trial.get("resume_from")
+    if path is None:
+        return None
+    filesystem = setup.storage_filesystem or LocalFileSystem()
+    is_there = filesystem.get_file_info(f"{path}/{MODEL_FOLDER}/{META_FILE}").is_file
+    return Checkpoint(path, filesystem) if is_there else None
+
+
+def _latency_ms(trial: Mapping[str, Any], context: TrialContext, device: str) -> float | None:
+    """As an earlier trial of the same shape measured it, else measured here; None where nobody asks."""
+    from ssn.backbone import load_backbone
+    from tuning.latency import measure_latency_ms
+
+    if context.objective is None or not needs_latency(context.objective):
+        return None
+    if "latency_ms" in trial:
+        return float(trial["latency_ms"])
+    config = unflatten(trial["config"])
+    return measure_latency_ms(config, load_backbone(config.model), device=device)
 
 
 def _finishing(report: ReportResult, finish: Finish, trial: Mapping[str, Any], device: str) -> ReportResult:
     """Have ``finish`` add to the last result, so that this and the model are reported as one."""
 
     def report_finished(result: dict[str, Any], save: Callable[[Path], None] | None) -> None:
-        if result["epoch"] == trial["config"]["train.epochs"]:
+        if result.get("epoch") == trial["config"]["train.epochs"]:
             assert save is not None, "a trial's last result comes with its model"
             with tempfile.TemporaryDirectory(prefix="finished-") as folder:
                 save(Path(folder, MODEL_FOLDER))
@@ -191,10 +254,6 @@ def _load_features(
     if features.source == "cached":
         return features
     return features.with_backbone(reload_backbone(config, features), device=device)
-
-
-def _local_device(setup: WorkerSetup) -> str:
-    return "cuda" if setup.placement.use_gpu else "cpu"
 
 
 @contextmanager

@@ -18,12 +18,15 @@ from tuning.train_worker import Finish, Placement, WorkerSetup, train_in_trial, 
 
 if TYPE_CHECKING:
     import pyarrow.fs
-    from ray.tune import Callback, Tuner
+    from ray.tune import Callback, Stopper, Tuner
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
 FEATURE_SHARE = 0.8
 """Of the object store's memory, what features may take."""
+
+MAX_FAILURES = 2
+"""How often a trial is tried again after its process died."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,20 @@ class SharedFeatures:
         ray.kill(self.store)
 
 
+def feature_budget_bytes() -> int:
+    """Memory of the connected cluster for features of all categories together."""
+    import ray
+
+    return int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0))
+
+
 def share_features(name: str) -> SharedFeatures:
     """Start a feature store with its share of the object store's memory."""
     import ray
 
     from tuning.feature_store import start_feature_store
 
-    store = start_feature_store(
-        int(FEATURE_SHARE * ray.cluster_resources().get("object_store_memory", 0)), name=f"features-{name}"
-    )
+    store = start_feature_store(feature_budget_bytes(), name=f"features-{name}")
     ray.get(store.budget_bytes.remote())
     return SharedFeatures(f"features-{name}", store)
 
@@ -66,10 +74,12 @@ def run_tune(
     storage: tuple[str, pyarrow.fs.FileSystem | None],
     concurrency: int | None,
     stop: StopFlag,
+    stopper: Stopper | None = None,
     finish: Finish | None = None,
+    num_to_keep: int | None = 1,
     features: SharedFeatures | None = None,
 ) -> Tuner:
-    """Run all trials to their end, or until an interrupt sets ``stop``.
+    """Run all trials to their end, or until an interrupt sets ``stop`` or ``stopper`` says so.
 
     Args:
         searcher: Suggests trials.
@@ -83,7 +93,10 @@ def run_tune(
         storage: From :func:`open_storage`.
         concurrency: Most trials at once; None: as many as the cluster holds.
         stop: Shared with the callbacks.
+        stopper: Ends the run when a budget is spent; None: there is none.
         finish: See :class:`tuning.train_worker.WorkerSetup`.
+        num_to_keep: Checkpoints of a trial that Tune keeps; None: all, for one of the callbacks to remove. Otherwise,
+            Tune writes down the state of every trial there has been whenever one of them leaves a checkpoint.
         features: The caller's, from :func:`share_features`; None: the run has its own.
     """
     import ray
@@ -106,7 +119,7 @@ def run_tune(
     if placement.num_workers == 0:
         trainable = tune.with_resources(
             tune.with_parameters(train_in_trial, setup=setup),
-            {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.use_gpu else {})},
+            {name.lower(): amount for name, amount in placement.per_worker.items()},
         )
     else:
         trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
@@ -124,10 +137,12 @@ def run_tune(
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             verbose=0,
+            stop=stopper,
             callbacks=list(callbacks),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            # a worker that dies is tried again from its checkpoint; an error of the training itself is final
-            failure_config=tune.FailureConfig(max_failures=1),
+            # a worker that dies is tried again from its checkpoint; an error of the training itself is final, because
+            # trials report it and do not raise it
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_to_keep),
         ),
     )
     with stop_tune_in_order(stop):

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ssn.errors import SSNError
+from tuning.costs import excesses, is_feasible
+from tuning.warm_start import SuggestedBy
 
-RecordState = Literal["running", "complete", "pruned", "failed"]
+RecordState = Literal["running", "complete", "pruned", "failed", "stopped"]
+"""``pruned``: others were better at a rung; ``stopped``: a budget was spent before it had its epochs."""
 
 
 @dataclass
@@ -42,6 +45,21 @@ class TrialRecord:
     """The last result that was reported, whole."""
     failure: str | None = None
     """Why a failed trial failed."""
+    suggested_by: SuggestedBy = "sampler"
+    """Where the configuration came from."""
+    stage: str = "search"
+    """What it is part of: the search itself, or what follows it."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of its run in the tracker."""
+    checkpoint: str | None = None
+    """Path, on the sweep's file system, of its last checkpoint: where it can go on, and at the last epoch its model."""
+    checkpoint_epoch: int = 0
+    """Epochs that the checkpoint has behind it."""
+
+    @property
+    def name(self) -> tuple[str, str, int]:
+        """Stage, category and index: unique in a sweep, and the same after a resume, unlike Tune's id."""
+        return self.stage, self.category, self.index
 
     @property
     def objective(self) -> float | None:
@@ -49,13 +67,33 @@ class TrialRecord:
         return self.objectives[max(self.objectives)] if self.objectives else None
 
     @property
+    def feasible(self) -> bool:
+        """Whether it keeps the bounds on its costs, as far as it has reported any."""
+        return is_feasible(self.metrics)
+
+    @property
     def duration_s(self) -> float:
         """Seconds the trial trained and validated for, so far."""
         return float(self.metrics.get("duration_s", self.metrics.get("time_total_s", 0.0)))
 
 
+def conclude(record: TrialRecord) -> tuple[RecordState, str | None]:
+    """What became of a trial that ended without an error: its state and, if it failed, why."""
+    if record.failure is not None:
+        return "failed", record.failure
+    if record.epoch == 0:
+        return "failed", "it ended without reporting an epoch"
+    if record.objective is not None and not math.isfinite(record.objective):
+        return "failed", f"its objective was {record.objective} at epoch {max(record.objectives)}"
+    if record.epoch < record.max_epochs:
+        return "pruned", None
+    if record.epoch in record.objectives:
+        return "complete", None
+    return "failed", "it reported no objective at its last epoch"
+
+
 def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial of one category with the highest objective at full budget.
+    """The trial of one category with the highest objective at full budget, among those that keep all bounds.
 
     Ties go to the higher validation image AP, then to the lower validation loss, then to the shorter duration; a trial
     that lacks one of these loses the tie. What is left is decided by the lower index, so that the choice does not
@@ -71,8 +109,8 @@ def select_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
 
 
 def rank_trials(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that used their whole budget, best first, by the rule of :func:`select_winner`."""
-    complete = [t for t in trials if t.state == "complete" and t.objective is not None]
+    """The feasible trials that used their whole budget, best first, by the rule of :func:`select_winner`."""
+    complete = [t for t in trials if t.state == "complete" and t.objective is not None and t.feasible]
     return sorted(complete, key=lambda trial: rank_key([trial], trial.index))
 
 
@@ -96,6 +134,9 @@ def rank_key(runs: Sequence[TrialRecord], index: int) -> tuple[float, float, flo
     )
 
 
+_STATES: tuple[RecordState, ...] = ("complete", "pruned", "failed", "stopped", "running")
+
+
 def _finite(value: Any, otherwise: float) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
 
@@ -103,12 +144,21 @@ def _finite(value: Any, otherwise: float) -> float:
 def _why_none(trials: Sequence[TrialRecord]) -> str:
     if not trials:
         return "no winner: no trial was started"
-    category, epochs = trials[0].category, trials[0].max_epochs
+    category = trials[0].category
+    epochs = " or ".join(map(str, sorted({t.max_epochs for t in trials})))
     states = Counter(t.state for t in trials)
-    counted = ", ".join(f"{states[s]} {s}" for s in ("complete", "pruned", "failed", "running") if states[s])
+    counted = ", ".join(f"{states[s]} {s}" for s in _STATES if states[s])
     failures = [t for t in trials if t.failure]
+    infeasible = sorted({bound for t in trials for bound, excess in excesses(t.metrics).items() if excess > 0})
+    if states["complete"]:
+        return (
+            f"{category}: no winner, because every complete trial exceeds {' or '.join(infeasible)} ({counted}); raise "
+            f"{' or '.join(f'objective.{bound}' for bound in infeasible)}"
+        )
     if states["running"]:
         way_out = "let the sweep run to its end"
+    elif states["stopped"]:
+        way_out = "raise the budget that ended the search"
     elif failures:
         way_out = f"mend what failed (trial {failures[0].index}: {failures[0].failure}) and sweep again"
     else:

@@ -77,6 +77,12 @@ class AnomalibSide:
         own = self.model.state_dict()
         return {name: own[_anomalib_name(name)].clone() for name in self._heads_names}
 
+    def hold(self, names: Sequence[str]) -> None:
+        """Train everything but these parameters of the heads, by our names."""
+        own = dict(self.model.named_parameters())
+        for name in names:
+            own[_anomalib_name(name)].requires_grad_(False)
+
     def gradient_norms(self) -> dict[str, float]:
         """Of the heads' parameters after a step, by our names."""
         own = dict(self.model.named_parameters())

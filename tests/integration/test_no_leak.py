@@ -60,7 +60,9 @@ config = unflatten(json.loads((folder / "config.json").read_text()))
 SPACE = {**DEFAULT_SPACE, "train.weak_labels": ["drop", "use"]}
 settings = SweepSettings(
     model=config.model, data=config.data, synthesis=config.synthesis, train=config.train, eval=config.eval,
-    search=SearchSettings(trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, space=SPACE),
+    search=SearchSettings(
+        trials=int(sys.argv[4]), grace_epochs=1, eta=2, max_concurrent=1, space=SPACE, warm_start=False
+    ),
     finalists=FinalistSettings(count=1),
     resources=ResourceSettings(use_gpu=False),
 )
@@ -168,7 +170,7 @@ def train_curiously(trial: dict[str, Any], setup: WorkerSetup) -> None:
             found.append("reads the test split when asked to")
         except SSNError as error:
             refusal = str(error)
-        folder = Path(setup.storage_path).parent.parent.parent / "found"
+        folder = Path(setup.storage_path).parents[4] / "found"
         folder.mkdir(exist_ok=True)
         reached = {thing for thing in reach(trial, setup, arguments, named) if isinstance(thing, str)}
         shards = sorted(name for name in reached if name.endswith(".parquet"))

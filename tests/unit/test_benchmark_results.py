@@ -12,7 +12,7 @@ import pytest
 from ssn.config import digest
 from ssn.errors import SSNError
 from tests.made_up_benchmark import make_info, plan_of, result_of
-from tuning.benchmark_results import RESULTS_FOLDER, ResultStore
+from tuning.benchmark_results import FORMAT_VERSION, RESULTS_FOLDER, ResultStore
 
 PLAN = plan_of([make_info()])
 RUN = PLAN.runs[0]
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> ResultStore:
 
 
 def file_of(store: ResultStore) -> Path:
-    (file,) = Path(store.root, RESULTS_FOLDER, "bolt").iterdir()
+    (file,) = Path(store.files.root, RESULTS_FOLDER, "bolt").iterdir()
     return file
 
 
@@ -54,7 +54,7 @@ def test_writing_again_replaces(store: ResultStore) -> None:
         lambda text: "[]",
         lambda text: text.replace('"image_auroc": 0.9', '"image_auroc": 0.99'),
         lambda text: text.replace('"image_auroc": 0.9', '"image_auroc": NaN'),
-        lambda text: text.replace('"format_version": 1', '"format_version": 0'),
+        lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 0'),
     ],
     ids=["half", "empty", "list", "number", "nan", "version"],
 )
@@ -74,9 +74,9 @@ def test_file_of_another_release_does_not_count(store: ResultStore) -> None:
     """Intact, but without a field that is read today."""
     store.write(RESULT)
     file = file_of(store)
-    content = json.loads(file.read_text())["result"]
+    content = json.loads(file.read_text())["content"]
     del content["hardware"]
-    file.write_text(json.dumps({"format_version": 1, "sha256": digest(content), "result": content}))
+    file.write_text(json.dumps({"format_version": FORMAT_VERSION, "sha256": digest(content), "content": content}))
     assert store.read(RUN) is None
 
 
@@ -89,7 +89,7 @@ def test_file_of_another_run_does_not_count(store: ResultStore) -> None:
 
 def test_half_written_file_is_none(store: ResultStore) -> None:
     """What a killed process leaves beside the place of the result."""
-    folder = Path(store.root, RESULTS_FOLDER, "bolt")
+    folder = Path(store.files.root, RESULTS_FOLDER, "bolt")
     folder.mkdir(parents=True)
     (folder / f"{RUN.key[:32]}.json.4711.partial").write_text("{")
     assert store.read(RUN) is None

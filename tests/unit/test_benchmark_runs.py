@@ -95,13 +95,13 @@ def test_run_that_succeeds_at_the_second_attempt_has_not_failed() -> None:
     assert runs.failures() == []
 
 
-def test_searcher_is_stored_and_restored(tmp_path: Path) -> None:
-    runs = fixed()
+def test_run_that_reports_its_failure_has_failed_with_its_reason() -> None:
+    runs = fixed(PLAN.runs[:1])
     runs.suggest("t0")
-    runs.save(str(tmp_path / "state"))
-    again = fixed()
-    again.restore(str(tmp_path / "state"))
-    assert [r.trial_id for r in again.records()] == ["t0"]
+    runs.on_trial_result("t0", {"epoch": 1, "val_loss": 2.0})
+    runs.on_trial_complete("t0", {"failure": "the training loss became nan"})
+    assert runs.failures() == [(PLAN.runs[0], "the training loss became nan")]
+    assert runs.record("t0").metrics["val_loss"] == 2.0
 
 
 class Tracked:

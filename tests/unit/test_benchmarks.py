@@ -268,7 +268,16 @@ def test_table_says_what_is_excluded() -> None:
     for row in table.values():
         assert row["ours"]["mean"] == pytest.approx(np.mean(row["ours"]["values"]))
         assert row["difference"] == pytest.approx(row["ours"]["mean"] - row["anomalib"]["mean"])
-    settings = {"dataset": "d", "category": "c", "backbone": "b", "size": 64, "epochs": 1, "batch": 8}
+    settings = {
+        "dataset": "d",
+        "category": "c",
+        "backbone": "b",
+        "size": 64,
+        "epochs": 1,
+        "batch": 8,
+        "sigma": 0.25,
+        "draws": "own",
+    }
     settings["anomalib"] = "2.7.0"
     content = {
         "settings": settings,

@@ -58,6 +58,9 @@ def configured(config: dict[str, Any]) -> Capacity:
         ({"CPU": 4, "GPU": 1}, {"CPU": 0, "GPU": 0.25}, 4),
         ({"CPU": 4}, {"GPU": 1}, 0),
         ({}, {"CPU": 1}, 0),
+        ({"CPU": 4, "memory": 10e9}, {"CPU": 1, "memory": 3e9}, 3),
+        ({"CPU": 4}, {"CPU": 1, "memory": 3e9}, 4),  # the node's memory is not known
+        ({"CPU": 4, "memory": 10e9}, {"CPU": 1}, 4),
     ],
 )
 def test_slots(node: dict[str, float], request_: dict[str, float], expected: int) -> None:
@@ -163,6 +166,16 @@ def test_process_larger_than_any_node_is_refused() -> None:
         check_fits(nodes({"CPU": 4}, {"CPU": 4}), num_workers=0, per_worker={"CPU": 5})
     with pytest.raises(SSNError, match="no node has as much"):
         max_concurrent(nodes({"CPU": 4}), num_workers=0, per_worker={"CPU": 5})
+
+
+def test_trials_that_reserve_memory_never_fill_more_of_it_than_there_is() -> None:
+    cluster = nodes({"CPU": 8, "memory": 20e9}, {"CPU": 8, "memory": 64e9})
+    assert max_concurrent(cluster, num_workers=0, per_worker={"CPU": 1, "memory": 6e9}) == 3 + 8
+    assert max_concurrent(cluster, num_workers=1, per_worker={"CPU": 1, "memory": 6e9}) == 3 + 7
+    with pytest.raises(SSNError, match=r"^a trial asks for 1 CPU and 70 GB memory, but no node has as much: 16 CPU .*"):
+        max_concurrent(cluster, num_workers=0, per_worker={"CPU": 1, "memory": 70e9})
+    with pytest.raises(SSNError, match="64 GB memory on one node; lower num_workers or what each asks for"):
+        max_concurrent(cluster, num_workers=2, per_worker={"CPU": 1, "memory": 70e9})
 
 
 def test_kuberay_cluster_is_asked_for_where_its_account_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import tuning.cli
 from ssn.console import print_table, report_progress, run_app, write_csv, write_json
 from ssn.errors import SSNError
 from tuning.report import Leaderboard, LeaderboardRow
+from tuning.settings import SweepSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -116,6 +117,8 @@ def test_every_command_is_there() -> None:
     }
     assert {" ".join(c) for c in commands(tuning.cli.app)} == {
         "sweep",
+        "plan",
+        "replay",
         "benchmark",
         "report",
         "champions promote",
@@ -240,6 +243,27 @@ def test_sweep_refuses_an_unknown_setting_before_it_starts(run: Run) -> None:
     assert status == 2
     assert err.splitlines()[-1] == "error: unknown config key search.trails (own.yaml); did you mean search.trials?"
     assert not Path("mlflow.db").exists()
+
+
+def test_shorthands_of_sweep_are_settings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tuning.sweep
+
+    ingest_tiny(run)
+    command = ("sweep", "synthetic_surfaces", "--data", "shards")
+    status, _, err = run(tuning.cli.app, *command, "--against", "price")
+    assert (status, err.splitlines()[-1].startswith("error: objective.against")) == (2, True)
+
+    given: list[SweepSettings] = []
+
+    def refuse(settings: SweepSettings, **_: object) -> None:
+        given.append(settings)
+        raise SSNError("that is all")
+
+    monkeypatch.setattr(tuning.sweep, "sweep", refuse)
+    run(tuning.cli.app, *command)
+    run(tuning.cli.app, *command, "--transfer", "--against", "labels", "--trials", "5")
+    assert [(s.search.transfer, s.objective.against) for s in given] == [(False, "none"), (True, "labels")]
+    assert given[1].search.trials == 5
 
 
 def test_defaults_of_differing_ingests_are_refused(run: Run) -> None:

@@ -39,7 +39,7 @@ class Case:
     features: dict[str, Any]
 
     def config(self, *, plain: bool) -> Config:
-        # with AdamW a bias in front of a batch norm, whose gradient is rounding and nothing else, goes wherever rounding
+        # with AdamW a bias in front of a batch norm, whose gradient is rounding and nothing else, goes wherever that
         # takes it, a learning rate's length a step: small steps keep that small
         rates = {} if plain else {"lr_adaptor": 1e-5, "lr_heads": 2e-5}
         config = with_train(CONFIG, **EPOCH, **rates, **self.train)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -58,6 +60,33 @@ def records(planned: list[FinalistRun], outcomes: dict[int, list[float | str]]) 
             runs.on_trial_complete(f"f{at}", {"epoch": EPOCHS, "objective": outcome, "val_image_ap": 0.5})
     assert runs.done
     return runs.records()
+
+
+def test_runs_go_on_from_a_ledger() -> None:
+    planned = plan([trial(0, 0.5), trial(1, 0.9)], count=2, seeds=3)
+
+    def fixed(earlier: Sequence[TrialRecord] = ()) -> FixedRuns[FinalistRun]:
+        return FixedRuns(
+            planned, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags, earlier=earlier
+        )
+
+    first = fixed()
+    for at in range(3):
+        first.suggest(f"f{at}")
+    first.on_trial_complete("f0", {"epoch": EPOCHS, "objective": 0.8})
+    first.record("f1").checkpoint = "/checkpoint"
+    foreign = dataclasses.replace(first.record("f0"), index=3, trial_key="of another plan")
+    second = fixed([first.record("f0"), first.record("f1"), foreign, trial(2, 0.9)])
+    suggested = [second.suggest(f"g{at}") for at in range(4)]
+    assert suggested[3] == "FINISHED"
+    assert [s["index"] for s in suggested[:3]] == [1, 2, 3]  # type: ignore[index]
+    assert [s.get("resume_from") for s in suggested[:3]] == ["/checkpoint", None, None]  # type: ignore[union-attr]
+    for at in range(3):
+        second.on_trial_complete(f"g{at}", {"epoch": EPOCHS, "objective": 0.7})
+    assert second.done
+    assert {(r.index, r.objective) for r in second.records()} == {(0, 0.8), (1, 0.7), (2, 0.7), (3, 0.7)}
+    assert {r.stage for r in second.records()} == {FINALIST_STAGE}
+    assert fixed(second.records()).done
 
 
 def test_best_complete_trials_are_repeated_with_the_seeds_that_follow() -> None:
@@ -162,3 +191,18 @@ def test_means_are_of_what_every_run_reported() -> None:
     first.metrics["hostname"] = second.metrics["hostname"] = "here"
     means: dict[str, Any] = Finalist(first, (first, second)).mean_metrics()
     assert means == {"objective": pytest.approx(0.85), "val_loss": 2.0}
+
+
+def test_finalists_that_a_budget_ends_are_out_and_the_search_decides() -> None:
+    trials = [trial(0, 0.5), trial(1, 0.7)]
+    planned = plan(trials, count=2, seeds=2)
+    runs = FixedRuns(planned, stage=FINALIST_STAGE, label=lambda run: run.label, tags=FinalistRun.tags)
+    assert isinstance(runs.suggest("a"), dict)
+    runs.on_trial_result("a", {"epoch": 1})
+    assert not runs.done
+    runs.end("search.time_budget=2h ended the finalists' further runs")
+    assert runs.done
+    assert [r.state for r in runs.records()] == ["stopped"]
+    found = select_finalist(trials, planned, runs.records())
+    assert found.winner.trial.index == 1
+    assert "search.time_budget=2h ended the finalists' further runs, after 1 of its" in found.notices[0]

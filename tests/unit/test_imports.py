@@ -61,7 +61,7 @@ except SystemExit:
     ("package", "command"),
     [
         *[("ssn", name) for name in ("ingest", "train", "evaluate", "predict", "demo-data")],
-        *[("tuning", name) for name in ("sweep", "champions", "report", "replay")],
+        *[("tuning", name) for name in ("sweep", "champions", "plan", "report", "replay")],
     ],
 )
 def test_a_commands_help_imports_neither_torch_nor_ray_nor_mlflow(package: str, command: str) -> None:

@@ -41,11 +41,13 @@ class FakeTrial:
 
     path = "s3://bucket/sweep/screw-000"
     trial_id = "a"
+    pickled_error_file = None
 
     def __init__(self, suggestion: dict[str, Any], error_file: Path | None = None, status: str = "RUNNING") -> None:
         self.config = suggestion
         self.status = status
         self.error_file = None if error_file is None else str(error_file)
+        self.last_result: dict[str, Any] = {}
 
 
 def searcher(names: tuple[str, ...] = ("screw", "tile"), trials: int = 2) -> MultiplexSearcher:
@@ -140,6 +142,20 @@ def test_category_without_a_winner_says_so(tmp_path: Path) -> None:
     assert search.records()[0].failure == "RuntimeError: [bold] no GPU"
 
 
+def test_trial_that_gave_up_says_why() -> None:
+    search = searcher(("screw",), trials=1)
+    shown, out, _ = callback(search)
+    shown.setup()
+    trial: Any = FakeTrial(search.suggest("a"))
+    trial.last_result = {"failure": "the training loss became nan"}
+    search.on_trial_complete("a", trial.last_result)
+    shown.on_trial_complete(1, [], trial)
+    assert lines(out) == [
+        "screw: trial 0 failed: the training loss became nan",
+        "screw: 1 trials ended (0 complete, 0 pruned, 1 failed), no winner",
+    ]
+
+
 def test_last_line_comes_at_the_end_whatever_the_interval() -> None:
     search = searcher(("screw",), trials=1)
     shown, out, clock = callback(search)
@@ -153,7 +169,7 @@ def test_last_line_comes_at_the_end_whatever_the_interval() -> None:
     assert lines(out) == ["1/1 trials, 0 running, 0 pruned, 0 failed, 1/1 categories, 5 s elapsed"]
 
 
-def test_restored_sweep_does_not_announce_what_ended_before() -> None:
+def test_resumed_sweep_does_not_announce_what_ended_before() -> None:
     search = searcher(("screw", "tile"), trials=1)
     suggestion = search.suggest("a")
     finish(search, "a")

@@ -98,7 +98,8 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
         config = {"synthesis.noise_sigma": 0.01 * (index + 1), "synthesis.perlin_threshold": 0.2}
         run_id = tracker.start_trial(sweep, TrialInfo("bolt", f"k{index}", index, config))
         tracker.log_epoch(run_id, 1, {"objective": objective / 2, "elapsed_s": 5.0})
-        tracker.log_epoch(run_id, 2, {"objective": objective, "elapsed_s": 10.0})
+        excess = {"excess_max_masks": 0.5 if state == "PRUNED" else -0.5}
+        tracker.log_epoch(run_id, 2, {"objective": objective, "elapsed_s": 10.0, **excess})
         tracker.finish_trial(run_id, state, artifact_dir=tmp_path)  # type: ignore[arg-type]
         runs.append(run_id)
     repeat = tracker.start_trial(sweep, TrialInfo("bolt", "r0", 0, {}, stage="repeat"))
@@ -106,7 +107,7 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
     tracker.log_summary(
         parents["bolt"],
         metrics={"test_image_auroc": 0.95},
-        tags={"champion_run_id": runs[1], "train_labels": "8", "train_masks": "0"},
+        tags={"champion_run_id": runs[1], "train_labels": "8", "train_masks": "0", "ended_by": "search.time_budget=2h"},
     )
     tracker.log_summary(runs[1], tags={"champion_version": "widgets.bolt/1"})
 
@@ -126,7 +127,12 @@ def test_leaderboard_is_read_back_from_runs(tmp_path: Path) -> None:
         trials_complete=2,
         trials_pruned=1,
         trials_failed=1,
+        trials_infeasible=1,
         duration_s=40.0,
         champion="widgets.bolt/1",
     )
     assert nut == LeaderboardRow(category="nut")
+    assert list(board.notes) == [
+        "search.time_budget=2h",
+        "trials that exceeded a bound and could not win: bolt 1 of 4",
+    ]

@@ -21,17 +21,23 @@ class FakeTrial:
 
     def __init__(self, trial_id: str, category: str, epochs: int = 9) -> None:
         self.trial_id = trial_id
-        self.config = {"category": category, "config": {"train.epochs": epochs}}
+        self.config = {"category": category, "index": 1, "config": {"train.epochs": epochs}}
 
 
 class History:
-    """Objectives by trial and epoch."""
+    """Objectives by trial and epoch, and last reports."""
 
-    def __init__(self, objectives: dict[str, dict[int, float]]) -> None:
+    def __init__(
+        self, objectives: dict[str, dict[int, float]], metrics: dict[str, dict[str, float]] | None = None
+    ) -> None:
         self.objectives = objectives
+        self.metrics = metrics or {}
 
     def recorded_objectives(self, trial_id: str) -> dict[int, float]:
         return self.objectives.get(trial_id, {})
+
+    def recorded_metrics(self, trial_id: str) -> dict[str, float]:
+        return self.metrics.get(trial_id, {})
 
 
 def scheduler(grace: int | None = 1, eta: int = 3, history: History | None = None) -> MultiplexScheduler:

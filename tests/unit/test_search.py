@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -249,6 +247,12 @@ def test_budget_is_never_exceeded_and_served_round_robin() -> None:
     assert search.suggest("late") == "FINISHED"
 
 
+def test_what_was_served_last_is_served_first_where_features_do_not_fit() -> None:
+    search = searcher("abc", trials=3, reuse_features=True)
+    assert [search.suggest(f"t{i}")["category"] for i in range(9)] == list("abccbaabc")
+    assert search.suggest("late") == "FINISHED"
+
+
 def test_the_least_started_category_is_next_whatever_has_ended() -> None:
     search = searcher("ab", trials=3)
     assert [search.suggest("0")["category"], search.suggest("1")["category"]] == ["a", "b"]
@@ -331,30 +335,6 @@ def test_weak_labels_are_suggested_only_where_the_ratio_leaves_an_image(weak: st
         left = trial.params[f"{RATIO}[index]"] < 3
         assert (f"{WEAK}[index]" in trial.params) == left
         assert set(trial.user_attrs["params"]) == ({RATIO, WEAK} if left else {RATIO})
-
-
-def test_conditional_suggestions_survive_a_restore(tmp_path: Path, storage_url: str | None) -> None:
-    space, _ = resolve({RATIO: AttainableRatio(), WEAK: WEAK_AXIS, SIGMA: SPACE[SIGMA]}, 3)
-
-    def fresh(url: str | None) -> MultiplexSearcher:
-        return searcher("a", trials=8, space=space, storage_url=url)
-
-    def drive(search: MultiplexSearcher, start: int, stop: int) -> list[tuple[Any, ...]]:
-        found = []
-        for i in range(start, stop):
-            config = search.suggest(f"t{i}")["config"]
-            found.append((config[RATIO], config[WEAK], config[SIGMA]))
-            complete(search, f"t{i}", config[RATIO] - abs(math.log(config[SIGMA] / 0.02)))
-        return found
-
-    whole = drive(fresh(None), 0, 8)
-    assert len({weak for _, weak, _ in whole}) == 2
-    first = fresh(storage_url)
-    assert drive(first, 0, 4) == whole[:4]
-    first.save(str(tmp_path / "state"))
-    second = pickle.loads(pickle.dumps(first))
-    second.restore(str(tmp_path / "state"))
-    assert drive(second, 4, 8) == whole[4:]
 
 
 def test_conditional_trial_that_runs_again_keeps_its_settings() -> None:
@@ -485,56 +465,11 @@ def test_nothing_to_search_is_one_trial() -> None:
     assert search.suggest("1") == "FINISHED"
 
 
-# Restores.
+# Trials that run again.
 
 
-@pytest.fixture(params=["memory", "database"])
-def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    return None if request.param == "memory" else f"sqlite:///{tmp_path / 'search.db'}"
-
-
-def test_restore_continues_as_if_never_interrupted(tmp_path: Path, storage_url: str | None) -> None:
-    def drive(search: MultiplexSearcher, start: int, stop: int) -> list[float]:
-        found = []
-        for i in range(start, stop):
-            s = search.suggest(f"t{i}")
-            found.append(s["config"][SIGMA])
-            complete(search, f"t{i}", -abs(math.log(s["config"][SIGMA] / 0.02)))
-        return found
-
-    whole = drive(searcher("a", trials=5), 0, 5)
-
-    first = searcher("a", trials=5, storage_url=storage_url)
-    pristine = pickle.dumps(first)  # what Tune keeps of the searcher from before the run
-    assert drive(first, 0, 3) == whole[:3]
-    first.save(str(tmp_path / "state"))
-
-    second = pickle.loads(pristine)
-    second.set_max_concurrency(7)
-    second.restore(str(tmp_path / "state"))
-    assert second.max_concurrent == 7
-    assert drive(second, 3, 5) == whole[3:]
-    assert second.suggest("late") == "FINISHED"
-    assert second.done
-    assert [t.state for t in second.study("a").trials] == [TrialState.COMPLETE] * 5
-
-
-def test_trial_that_ran_during_the_save_ends_in_the_restored_study(tmp_path: Path, storage_url: str | None) -> None:
-    first = searcher("a", storage_url=storage_url)
-    first.suggest("t")
-    first.on_trial_result("t", {"epoch": 1, "objective": 0.2})
-    first.save(str(tmp_path / "state"))
-    second = pickle.loads(pickle.dumps(first))
-    second.restore(str(tmp_path / "state"))
-    assert second.recorded_objectives("t") == {1: 0.2}
-    assert not second.done
-    second.on_trial_complete("t", {"epoch": EPOCHS, "objective": 0.6})
-    trial = only(second, "a")
-    assert (trial.state, trial.intermediate_values) == (TrialState.COMPLETE, {1: 0.2, EPOCHS: 0.6})
-
-
-def test_failed_trial_that_runs_again_counts_once_and_gets_a_new_number(storage_url: str | None) -> None:
-    search = searcher("a", trials=2, storage_url=storage_url)
+def test_failed_trial_that_runs_again_counts_once_and_gets_a_new_number() -> None:
+    search = searcher("a", trials=2)
     config = search.suggest("t")["config"]
     search.on_trial_complete("t", error=True)
     search.on_trial_result("t", {"epoch": 5})
@@ -547,39 +482,16 @@ def test_failed_trial_that_runs_again_counts_once_and_gets_a_new_number(storage_
     assert search.suggest("v") == "FINISHED"
 
 
-def test_database_ahead_of_the_restored_state(tmp_path: Path) -> None:
-    """The driver was killed: one trial had ended and one had started since the state was saved."""
-    first = searcher("a", trials=3, storage_url=f"sqlite:///{tmp_path / 'search.db'}")
-    first.suggest("t")
-    first.save(str(tmp_path / "state"))
-    complete(first, "t", 0.6)
-    first.suggest("lost")
-    second = pickle.loads(pickle.dumps(first))
-    second.restore(str(tmp_path / "state"))
-    complete(second, "t", 0.6)
-    assert second.suggest("u")["index"] == 1
-    assert [t.state for t in second.study("a").trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
-
-
-def test_base_configuration_is_first_even_if_a_killed_driver_had_started_it(tmp_path: Path) -> None:
-    first = searcher("a", storage_url=f"sqlite:///{tmp_path / 'search.db'}")
-    first.save(str(tmp_path / "state"))
-    first.suggest("lost")
-    first.restore(str(tmp_path / "state"))
-    suggestion = first.suggest("t")
-    assert (suggestion["index"], suggestion["config"]) == (0, base())
-
-
-def test_studies_of_another_run_are_refused(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'search.db'}"
-    searcher("a", storage_url=url)
-    with pytest.raises(SSNError, match=r"already has the study sweep.a; resume that sweep or choose another sweep id"):
-        searcher("a", storage_url=url)
-
-
-def test_unusable_storage_is_named() -> None:
-    with pytest.raises(SSNError, match=r"^search storage nonsense://x cannot be opened: "):
-        searcher("a", storage_url="nonsense://x")
+def test_trial_that_reports_its_failure_has_failed_with_its_reason() -> None:
+    search = searcher("a")
+    search.suggest("t")
+    search.on_trial_result("t", {"epoch": 1, "objective": 0.3, "val_loss": 2.0})
+    search.on_trial_result("t", {"failure": "the training loss became nan"})
+    search.on_trial_complete("t", {"failure": "the training loss became nan"})
+    (record,) = search.records("a")
+    assert (record.state, record.failure) == ("failed", "the training loss became nan")
+    assert (record.epoch, record.metrics["val_loss"]) == (1, 2.0)
+    assert only(search, "a").state == TrialState.FAIL
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +37,8 @@ def make(
     eta: int = 3,
     limit: int | None = None,
     space: dict[str, object] | None = None,
+    max_trials: int | None = None,
+    earlier: Sequence[TrialRecord] = (),
 ) -> SharedSearcher:
     infos = {name: make_info(name, masks=count) for name, count in (masks or MASKS).items()}
     search = SearchSettings(trials=trials, **({} if space is None else {"space": space}))
@@ -53,6 +55,8 @@ def make(
         num_configurations=trials,
         search_seed=0,
         eta=eta,
+        max_trials=max_trials,
+        earlier=earlier,
     )
     if limit is not None:
         searcher.set_max_concurrency(limit)
@@ -84,6 +88,39 @@ def run(searcher: SharedSearcher, outcomes: Any) -> list[tuple[int, str]]:
 
 def states(searcher: SharedSearcher) -> list[str]:
     return [c.state for c in searcher.configurations]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 7])
+def test_search_goes_on_from_its_ledger(cut: int) -> None:
+    """What has ended is not run again, what was cut short goes on, and configurations stay what they were."""
+
+    def outcome(index: int, category: str) -> float:
+        return 0.5 + 0.01 * index + 0.1 * (category == "nut")
+
+    first, kept = make(trials=3, eta=2, limit=1), {}
+    for i in range(cut):
+        suggested = first.suggest(f"t{i}")
+        assert isinstance(suggested, dict)
+        for record in (first.origin(f"t{i}"), first.record(f"t{i}")):
+            kept[record.name] = record
+        if i < cut - 1:
+            finish(first, f"t{i}", outcome(suggested["index"], suggested["category"]))
+    first.record(f"t{cut - 1}").checkpoint = "/checkpoint"
+    running = first.record(f"t{cut - 1}")
+    second = make(trials=3, eta=2, limit=1, earlier=copy.deepcopy(list(kept.values())))
+    suggested = second.suggest("again")
+    assert isinstance(suggested, dict)
+    assert (suggested["category"], suggested["trial_key"]) == (running.category, running.trial_key)
+    assert (suggested["index"], suggested["resume_from"]) == (running.index, "/checkpoint")
+    finish(second, "again", outcome(suggested["index"], suggested["category"]))
+    order = run(second, outcome)
+    ended = {(r.index, r.category) for r in kept.values() if r.stage == "search"}
+    assert not ended & set(order)
+    assert second.done
+    assert len(second.configurations) == 3
+    for mine, theirs in zip(second.configurations, first.configurations, strict=False):
+        assert (mine.index, mine.config) == (theirs.index, theirs.config)
+    assert len({(r.category, r.trial_key) for r in second.records()}) == len(second.records())
 
 
 @pytest.mark.parametrize(
@@ -200,20 +237,54 @@ def test_same_masks_are_not_trained_on_twice() -> None:
     assert [searcher.expected_trials(name) for name in ("bolt", "rod")] == [len(order) // 2] * 2
 
 
-def test_state_is_saved_and_taken_up(tmp_path: Path) -> None:
-    searcher = make(trials=2)
-    searcher.suggest("t0")
-    searcher.save(str(tmp_path / "state"))
-    again = make(trials=2)
-    again.restore(str(tmp_path / "state"))
-    finish(again, "t0", 0.5)
-    assert again.suggest("t1")["category"] == "nut"  # type: ignore[index]
-    assert json.loads(json.dumps(again.suggest("t2")))["category"] in MASKS
+def test_budget_of_runs_ends_the_search_once_those_under_way_have_ended() -> None:
+    searcher = make(max_trials=6)
+    order = run(searcher, lambda index, category: 0.5)
+    assert [index for index, _ in order] == [0, 0, 0, 0, 1, 1]
+    assert searcher.done
+    assert states(searcher) == ["complete", "stopped"]
+    ended = "search.max_trials=6 ended the search after 2 of 4 trials and stopped 1 that still ran"
+    assert searcher.ended_by == ended
+    assert searcher.notices[-1] == ended
+    assert [c.index for c in searcher.ranked()] == [0]
+    whole = make(trials=2, max_trials=100)
+    run(whole, lambda index, category: 0.5)
+    assert whole.ended_by is None
+
+
+def test_budget_of_time_stops_what_is_under_way() -> None:
+    searcher = make(limit=2)
+    for name in ("t0", "t1"):
+        assert isinstance(searcher.suggest(name), dict)
+    searcher.on_trial_result("t0", {"epoch": 1})
+    searcher.end("search.time_budget=2h")
+    assert searcher.done
+    assert [r.state for r in searcher.records()] == ["stopped", "stopped"]
+    assert set(states(searcher)) == {"stopped"}
+    assert searcher.suggest("late") == "FINISHED"
+    with pytest.raises(SSNError, match=r"stopped\); raise the budget that ended the search"):
+        select_shared(searcher, FinalistSettings(), {}, {})
 
 
 def test_one_category_cannot_share() -> None:
     with pytest.raises(SSNError, match="there is only bolt; do without"):
         make(masks={"bolt": 4})
+
+
+@pytest.mark.parametrize(
+    ("search", "objective", "key"),
+    [
+        ({}, {"against": "labels"}, "objective.against"),
+        ({}, {"max_masks": 4}, "objective.max_masks"),
+        ({}, {"max_latency_ms": 9.0}, "objective.max_latency_ms"),
+        ({"transfer": True}, {}, "search.transfer"),
+    ],
+)
+def test_what_a_shared_search_cannot_weigh_is_refused(
+    search: dict[str, bool], objective: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(SSNError, match=f"{key} is .* with search.shared"):
+        SweepSettings(search=SearchSettings(shared=True, **search), objective=ObjectiveSettings(**objective))
 
 
 def test_categories_cannot_share_and_differ() -> None:

@@ -321,10 +321,8 @@ def test_trials_are_consistent_in_everything_that_depends() -> None:
         assert config["model.weights"] == ("r" if config["model.backbone"] == RESNET else "w") + ".safetensors"
         assert (config["data.antialias"], config["model.align_corners"]) == (jims, not jims)
         assert jims or config["train.truncation"] == 0.5
-        assert trial["tags"] == {
-            "backbone": config["model.backbone"],
-            "backbone_digest": f"digest of {config['model.backbone']}",
-        }
+        assert trial["tags"]["backbone"] == config["model.backbone"]
+        assert trial["tags"]["backbone_digest"] == f"digest of {config['model.backbone']}"
     assert len({t["trial_key"] for t in trials}) == 40
 
 
@@ -341,7 +339,8 @@ def test_identity_is_of_the_trials_own_backbone() -> None:
 
 
 def test_a_single_backbone_is_not_said_again() -> None:
-    assert drive(resolve({"train.lr_heads": [2e-4, 3e-4]}), 2)[0]["tags"] == {}
+    tags = drive(resolve({"train.lr_heads": [2e-4, 3e-4]}), 2)[0]["tags"]
+    assert not {"backbone", "backbone_digest"} & set(tags)
 
 
 # Features.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pyarrow import fs as pafs
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import Checkpoint
 
 from tuning.tracking import MemoryTracker, RunRecord, Sweep
@@ -34,6 +34,7 @@ def make_trial(index: int, checkpoint_dir: Path | None = None, **result: Any) ->
         checkpoint=Checkpoint(str(checkpoint_dir)) if checkpoint_dir else None,
         pickled_error_file=None,
         error_file=None,
+        run_metadata=SimpleNamespace(num_failures=3),
         get_pickled_error=lambda: None,
         get_error=lambda: None,
     )
@@ -161,6 +162,13 @@ def test_stopped_early_is_pruned_without_model(tracker: MemoryTracker, checkpoin
             RuntimeError("Traceback (most recent call last):\n  ...\nssn.errors.SSNError: no mask"),
             "ssn.errors.SSNError: no mask",
         ),
+        (RayTaskError("f", "Traceback ...\nMemoryError", MemoryError()), "MemoryError"),
+        (
+            RayActorError(
+                error_msg="The actor died unexpectedly.\n\tclass_name: ImplicitFunc\nits worker process has died."
+            ),
+            "its process died 3 times (killed, for its memory perhaps); lower train.batch_size, or give it more memory",
+        ),
         (None, "the trial failed without an error message; see its folder in the sweep's storage"),
     ],
 )
@@ -186,7 +194,7 @@ def test_failure_is_read_beside_the_driver_before_storage_has_it(tracker: Memory
     assert trial_run(tracker, 0).tags["error"] == "RuntimeError: node lost"
 
 
-def test_interrupt_and_restore_continue_the_same_runs(tracker: MemoryTracker, checkpoint_dir: Path) -> None:
+def test_interrupt_and_resume_continue_the_same_runs(tracker: MemoryTracker, checkpoint_dir: Path) -> None:
     driver, done, cut_short = Driver(tracker), make_trial(0, checkpoint_dir), make_trial(1, checkpoint_dir)
     driver.report(done, EPOCHS)
     driver.complete(done)
@@ -197,14 +205,13 @@ def test_interrupt_and_restore_continue_the_same_runs(tracker: MemoryTracker, ch
     interrupted = trial_run(tracker, 1)
     assert (interrupted.status, interrupted.trial_state) == ("KILLED", "INTERRUPTED")
 
-    restored = Driver(tracker)
+    resumed = Driver(tracker)
     cut_short.status = "PENDING"
-    restored.callback.on_step_begin(0, [done, cut_short])
-    restored.start(cut_short)
+    resumed.start(cut_short)
     for epoch in (2, 3):
-        restored.report(cut_short, epoch, objective=epoch / 10)
-    restored.complete(cut_short)
-    restored.callback.on_experiment_end([done, cut_short])
+        resumed.report(cut_short, epoch, objective=epoch / 10)
+    resumed.complete(cut_short)
+    resumed.callback.on_experiment_end([done, cut_short])
 
     assert len(tracker.find_runs("widgets")) == 3
     run = trial_run(tracker, 1)
@@ -212,19 +219,14 @@ def test_interrupt_and_restore_continue_the_same_runs(tracker: MemoryTracker, ch
     assert tracker.metric_history(run.run_id, "objective") == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_restore_after_a_kill_ends_what_tune_knows_to_have_ended(tracker: MemoryTracker, checkpoint_dir: Path) -> None:
-    driver = Driver(tracker)
-    open_run, never_seen, failed = make_trial(0, checkpoint_dir, epoch=3), make_trial(1, epoch=1), make_trial(2)
-    driver.start(open_run)  # and the driver dies before on_trial_complete, whose outcome Tune has stored
-    for trial, status in ((open_run, "TERMINATED"), (never_seen, "TERMINATED"), (failed, "ERROR")):
-        trial.status = status
-
-    restored = Driver(tracker)
-    for _ in range(2):
-        restored.callback.on_step_begin(0, [open_run, never_seen, failed])
-
-    assert [trial_run(tracker, i).trial_state for i in range(3)] == ["COMPLETE", "PRUNED", "FAIL"]
-    assert {r.status for r in tracker.find_runs("widgets") if r.parent_run_id} == {"FINISHED", "FAILED"}
+def test_trial_that_reports_why_it_gave_up_has_failed(tracker: MemoryTracker, checkpoint_dir: Path) -> None:
+    driver, trial = Driver(tracker), make_trial(0, checkpoint_dir)
+    driver.report(trial, 1)
+    trial.last_result = {"failure": "the training loss became nan", "category": "bolt"}
+    driver.callback.on_trial_result(0, [trial], trial, trial.last_result)
+    driver.complete(trial)
+    run = trial_run(tracker, 0)
+    assert (run.status, run.trial_state, run.tags["error"]) == ("FAILED", "FAIL", "the training loss became nan")
 
 
 def test_failed_trial_that_is_tried_again_can_complete(tracker: MemoryTracker, checkpoint_dir: Path) -> None:

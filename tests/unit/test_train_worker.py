@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 from ssn.backbone import load_backbone
 from ssn.config import Config, flatten
 from ssn.data.reader import open_search_data
-from ssn.features import CategoryFeatures
+from ssn.features import CachedSplit, CategoryFeatures
 from tests.tolerances import TRAINED_RTOL
 from tuning import objective, train_worker
 from tuning.feature_store import FeatureStore
 from tuning.objective import TrialContext, run_trial
 from tuning.settings import ObjectiveSettings
 from tuning.train_worker import Placement, WorkerSetup
-from tuning.weights import weights_key
+from tuning.weights import load_weights_digests, weights_key
 
 
 class Actor:
@@ -102,3 +103,47 @@ def test_trial_without_room_for_features_streams_and_says_so(
     for before, after in zip(expected, results, strict=True):
         for name in ("train_loss", "val_loss", "val_image_auroc"):
             assert after[name] == pytest.approx(before[name], rel=TRAINED_RTOL)
+
+
+def test_trials_of_one_category_with_other_backbones_have_other_features(
+    tiny_data: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    fake = FakeRay(FeatureStore(10**9))
+    for name in ("get_actor", "put", "get"):
+        monkeypatch.setattr(ray, name, getattr(fake, name))
+    configs = [
+        replace(tiny_config, model=replace(tiny_config.model, layers=layers), data=replace(tiny_config.data, **data))
+        for layers, data in (((1, 2), {}), ((2, 3), {}), ((2, 3), {"image_size": (32, 32)}), ((1, 2), {}))
+    ]
+    context = TrialContext(
+        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rungs=None
+    )
+    setup = WorkerSetup(
+        contexts={"widget": context},
+        data_uri=str(tiny_data),
+        weights_digests=load_weights_digests(config.model for config in configs),
+        store_name="features",
+        namespace="sweep",
+        placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),
+        storage_path="",
+        storage_filesystem=None,
+    )
+    assert len(setup.weights_digests) == 2
+    built: list[Any] = []
+    build = objective.prepare_features
+    monkeypatch.setattr(objective, "prepare_features", lambda *a, **k: built.append(a) or build(*a, **k))
+    shapes = []
+    for config in configs:
+        trial = {"trial_key": "k", "category": "widget", "index": 0, "config": flatten(config)}
+        features = train_worker._load_features(trial, setup, context, "cpu")
+        assert isinstance(features.train, CachedSplit)
+        shapes.append([m.shape[1:] for m in features.train.maps_VhwC])
+    assert shapes == [
+        [(8, 12, 64), (4, 6, 128)],
+        [(4, 6, 128), (2, 3, 256)],
+        [(4, 4, 128), (2, 2, 256)],
+        [(8, 12, 64), (4, 6, 128)],
+    ]
+    assert len(built) == 3

@@ -1,4 +1,4 @@
-"""Drives a tracker from the Tune driver: trials become child runs, and a restored sweep continues the same ones."""
+"""Drives a tracker from the Tune driver: trials become child runs, and a resumed sweep continues the same ones."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
 from tuning.interrupt import StopFlag
-from tuning.tracking.protocol import (
-    STATUS_OF_STATE,
-    STOP_PATIENCE_S,
-    RunRecord,
-    Sweep,
-    Tracker,
-    TrialInfo,
-    TrialState,
-    describe_trial,
-)
+from tuning.tracking.protocol import STOP_PATIENCE_S, Sweep, Tracker, TrialInfo
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -64,27 +56,10 @@ class TrackerCallback(Callback):
         self.filesystem = filesystem
         self.stop = stop or StopFlag()
         self._open_runs: dict[str, str] = {}  # Tune trial id -> run id
-        self._reconciled = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune stores its callbacks as a sweep begins; a restored one finds its runs by key.
-        return {**self.__dict__, "_open_runs": {}, "_reconciled": False}
-
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """At the first step, end the runs of trials that Tune remembers as ended but whose runs are not.
-
-        That is the state of a sweep whose driver was killed between Tune's snapshot and the tracker's last write.
-        """
-        if self._reconciled:
-            return
-        self._reconciled = True
-        ended = [t for t in trials if t.status in ("TERMINATED", "ERROR")]
-        if not ended:
-            return
-        known = {r.run_key: r for r in self.tracker.find_runs(self.sweep.dataset, sweep_id=self.sweep.sweep_id)}
-        for trial in ended:
-            if not _is_closed(known.get(describe_trial(self.sweep, trial_info(trial)).run_key)):
-                self._finish(trial, failed=trial.status == "ERROR")
+        # Tune stores its callbacks as a sweep begins.
+        return {**self.__dict__, "_open_runs": {}}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._run_id(trial)
@@ -99,7 +74,7 @@ class TrackerCallback(Callback):
     def on_checkpoint(
         self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
     ) -> None:
-        """What a restored trial does not compute again must be in the tracker already."""
+        """What a resumed trial does not compute again must be in the tracker already."""
         self.tracker.flush(self._run_id(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -109,7 +84,7 @@ class TrackerCallback(Callback):
             self._open_runs.clear()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._finish(trial, failed=False)
+        self._finish(trial, failed=reported_failure(trial) is not None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._finish(trial, failed=True)
@@ -132,7 +107,7 @@ class TrackerCallback(Callback):
     def _finish(self, trial: Trial, *, failed: bool) -> None:
         run_id = self._run_id(trial)
         if failed:
-            self.tracker.finish_trial(run_id, "FAIL", error=trial_error(trial))
+            self.tracker.finish_trial(run_id, "FAIL", error=reported_failure(trial) or trial_error(trial))
         elif not reached_last_epoch(trial):
             self.tracker.finish_trial(run_id, "PRUNED")
         else:
@@ -159,6 +134,12 @@ def reached_last_epoch(trial: Trial) -> bool:
     return int(trial.last_result.get("epoch", 0)) >= int(trial.config["config"]["train.epochs"])
 
 
+def reported_failure(trial: Trial) -> str | None:
+    """Why a trial ended itself, in one line; None if it did not. See :func:`tuning.train_worker.train_in_trial`."""
+    failure: str | None = trial.last_result.get("failure")
+    return failure
+
+
 def epoch_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """The trial's own numbers, without those that Tune adds but for the time it took; undefined metrics are absent."""
     own = {key: value for key, value in result.items() if key not in RESULT_KEYS_NOT_LOGGED and key[:2] != "__"}
@@ -176,6 +157,12 @@ def trial_error(trial: Trial) -> str:
     error = _load_error(trial)
     while getattr(error, "cause", None) is not None:  # RayTaskError
         error = error.cause  # type: ignore[union-attr]
+    if isinstance(error, RayActorError):
+        times = trial.run_metadata.num_failures
+        why = "its node ran low on memory" if "low on memory" in str(error) else "killed, for its memory perhaps"
+        return f"its process died {times} times ({why}); lower train.batch_size, or give it more memory"
+    if isinstance(error, BaseException) and not str(error).strip():
+        return type(error).__name__
     lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
     if not lines:
         return "the trial failed without an error message; see its folder in the sweep's storage"
@@ -205,22 +192,19 @@ def model_folder(trial: Trial, filesystem: pyarrow.fs.FileSystem | None = None) 
     Ray Train inside a trial hands only its checkpoint's path to Tune, in the result's ``checkpoint_path``; it lies on
     ``filesystem``.
     """
+    checkpoint = trial.checkpoint
+    path = trial.last_result.get("checkpoint_path") if checkpoint is None else checkpoint.path
+    if not path:
+        raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
+    with checkpoint_folder(path, filesystem if checkpoint is None else checkpoint.filesystem) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def checkpoint_folder(path: str, filesystem: pyarrow.fs.FileSystem | None) -> Iterator[Path]:
+    """The local folder with the model files of a checkpoint, which lies on ``filesystem``."""
     from ray.tune import Checkpoint
 
-    checkpoint = trial.checkpoint
-    if checkpoint is None:
-        path = trial.last_result.get("checkpoint_path")
-        if not path:
-            raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
-        checkpoint = Checkpoint(path, filesystem)
-    with checkpoint.as_directory() as folder:
+    with Checkpoint(path, filesystem).as_directory() as folder:
         nested = Path(folder) / "model"
         yield nested if nested.is_dir() else Path(folder)
-
-
-def _is_closed(record: RunRecord | None) -> bool:
-    """Whether a run says how its trial ended; an interrupted one does not."""
-    if record is None or record.trial_state in (None, "INTERRUPTED"):
-        return False
-    state: TrialState = record.trial_state  # type: ignore[assignment]
-    return record.status == STATUS_OF_STATE[state]
