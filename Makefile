@@ -8,7 +8,7 @@ BENCH_READY := $(VENV)/.ready-bench
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test cluster slow lint format bench ui constraints clean
+.PHONY: help venv demo test cluster slow faults lint format bench ui constraints clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ cluster: $(READY) ## Run a sweep as a Ray job, against an object store, an MLflo
 
 slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow -s
+
+faults: $(READY) ## Kill a sweep's processes, lock and damage its files, and print what each fault cost
+	$(BIN)/python -m tests.integration.faults
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.faults import FAULTS, Bench, cluster, inflict
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 Where = tuple[str, int, Path]
 
