@@ -27,6 +27,7 @@ from ssn.predictor import Predictor
 from ssn.train_job import train
 from tests.raw_folders import write_mvtec
 from tests.tolerances import GOLDEN_ATOL, GOLDEN_RTOL
+from tuning.benchmark_results import ResultStore
 from tuning.tracking import MLflowTracker
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 
@@ -211,7 +212,7 @@ def test_what_was_lost_is_done_again_and_nothing_else(outcome: Outcome) -> None:
 def test_tables_and_runs_are_beside_the_results_and_in_mlflow(outcome: Outcome) -> None:
     folder = outcome.folder / "out/tiny"
     (parent,) = [r for r in outcome.tracker.find_runs("tiny") if r.stage == "benchmark" and not r.parent_run_id][:1]
-    assert parent.tags["sweep_id"] == json.loads((folder / "benchmark.json").read_text())["benchmark_id"]
+    assert parent.tags["sweep_id"] == ResultStore.open(str(outcome.folder / "out"), "tiny").benchmark_id()
     artifacts = {name.rpartition("/")[2] for name in outcome.tracker.list_artifacts(parent.run_id, "benchmark")}
     names = {"table.md", "table.csv", "table.tex", "runs.csv", "label_value.csv", "label_value-widget-noisy.png"}
     assert artifacts == names

@@ -213,12 +213,12 @@ def test_shared_search_tries_the_same_settings_on_every_category(outcome: Outcom
         assert {r.trial_state for r in same} == {"COMPLETE"}, "nothing is pruned within a trial"
         for key in ("synthesis.noise_sigma", "synthesis.perlin_threshold", "train.train_seed"):
             assert len({r.params[key] for r in same}) == 1
-    # the first is trained on both, the second on gadget only if it is not behind on widget
-    first, second = by_configuration["0"], by_configuration["1"]
-    assert sorted(r.category for r in first) == ["gadget", "widget"]
-    on_widget = [next(r for r in same if r.category == "widget") for same in (first, second)]
-    behind = on_widget[1].metrics["objective"] < on_widget[0].metrics["objective"]
-    assert sorted(r.category for r in second) == (["widget"] if behind else ["gadget", "widget"])
+    # both are trained on widget; on gadget too, unless the other was ahead there by then, whichever ended first
+    on_widget = {c: next(r for r in same if r.category == "widget") for c, same in by_configuration.items()}
+    on_gadget = {c for c, same in by_configuration.items() if any(r.category == "gadget" for r in same)}
+    best = max(on_widget, key=lambda c: on_widget[c].metrics["objective"])
+    assert best in on_gadget
+    assert all(len(same) == 1 + (c in on_gadget) for c, same in by_configuration.items())
 
 
 def test_shared_winner_is_one_configuration_and_bows_to_better_champions(outcome: Outcome) -> None:
