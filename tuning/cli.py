@@ -28,6 +28,19 @@ app = typer.Typer(
 champions = typer.Typer(help="The registered model of each category.", no_args_is_help=True)
 app.add_typer(champions, name="champions")
 
+CategoryOption = Annotated[
+    list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
+]
+TrialsOption = Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")]
+MaxTrialsOption = Annotated[
+    int | None, typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials).")
+]
+NumWorkersOption = Annotated[
+    int | None, typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers).")
+]
+UseGpuOption = Annotated[
+    bool | None, typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu).")
+]
 TrackingOption = Annotated[
     str | None,
     typer.Option(
@@ -53,10 +66,8 @@ def sweep(
     data: Annotated[
         str | None, typer.Option("--data", metavar="URI", help="Where ingest wrote: a folder, s3://, gs://.")
     ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
-    ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    category: CategoryOption = None,
+    trials: TrialsOption = None,
     shared: Annotated[
         bool,
         typer.Option("--shared", help="One configuration for all categories, by its mean objective (search.shared)."),
@@ -74,10 +85,7 @@ def sweep(
     ] = None,
     set_: SetOption = None,
     config: ConfigOption = None,
-    max_trials: Annotated[
-        int | None,
-        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
-    ] = None,
+    max_trials: MaxTrialsOption = None,
     time_budget: Annotated[
         str | None,
         typer.Option(
@@ -92,14 +100,8 @@ def sweep(
         typer.Option("--max-gpu-hours", help="GPU hours after which to stop the search (search.max_gpu_hours)."),
     ] = None,
     tracking_uri: TrackingOption = None,
-    num_workers: Annotated[
-        int | None,
-        typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers)."),
-    ] = None,
-    use_gpu: Annotated[
-        bool | None,
-        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
-    ] = None,
+    num_workers: NumWorkersOption = None,
+    use_gpu: UseGpuOption = None,
     out: Annotated[
         str, typer.Option("--out", metavar="URI", help="Where the sweep keeps its state: a folder, s3://, gs://.")
     ] = "runs",
@@ -178,16 +180,11 @@ def sweep(
 def plan(
     dataset: DatasetArgument,
     data: DataOption,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
-    ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="Trials per category (search.trials).")] = None,
+    category: CategoryOption = None,
+    trials: TrialsOption = None,
     set_: SetOption = None,
     config: ConfigOption = None,
-    max_trials: Annotated[
-        int | None,
-        typer.Option("--max-trials", help="Most trials of all categories together (search.max_trials)."),
-    ] = None,
+    max_trials: MaxTrialsOption = None,
     time_budget: Annotated[
         str | None,
         typer.Option("--time-budget", metavar="TIME", help="As for a sweep, such as 2h or 90m (search.time_budget)."),
@@ -195,14 +192,8 @@ def plan(
     max_gpu_hours: Annotated[
         float | None, typer.Option("--max-gpu-hours", help="As for a sweep (search.max_gpu_hours).")
     ] = None,
-    num_workers: Annotated[
-        int | None,
-        typer.Option("--num-workers", help="Ray Train workers per trial; 0: none (resources.num_workers)."),
-    ] = None,
-    use_gpu: Annotated[
-        bool | None,
-        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
-    ] = None,
+    num_workers: NumWorkersOption = None,
+    use_gpu: UseGpuOption = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -267,9 +258,7 @@ def benchmark(
             "name. Repeatable. [default: default]",
         ),
     ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", metavar="NAME", help="Only this category. Repeatable.")
-    ] = None,
+    category: CategoryOption = None,
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Repetitions; number r has the train seed r and the label seed r.")
     ] = 3,
@@ -303,10 +292,7 @@ def benchmark(
         int | None,
         typer.Option("--num-workers", help="Ray Train workers per run; 0: none (resources.num_workers)."),
     ] = None,
-    use_gpu: Annotated[
-        bool | None,
-        typer.Option("--use-gpu/--no-use-gpu", help="By default where there is one (resources.use_gpu)."),
-    ] = None,
+    use_gpu: UseGpuOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Score fixed settings on the test split: mean and deviation over repetitions, and what labels are worth."""
