@@ -18,7 +18,7 @@ from ssn.errors import SSNError
 
 # Raised whenever the same configuration, data and seeds would train to different numbers than before; part of every
 # trial's identity, so that old results are never mistaken for new ones.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 Variant = Literal["icpr", "jims"]
 Size = tuple[int, int]

@@ -280,7 +280,7 @@ class _SegmentationTraining(torch.autograd.Function):
         source_N = index_N % (batch * height * width)
 
         dfold_DC, dnoise_ND = torch.empty_like(fold_DC), torch.empty_like(noise_ND)
-        dbias_D, dgamma_D, dbeta_D, dout_D = (torch.empty_like(bias_D) for _ in range(4))
+        dgamma_D, dbeta_D, dout_D = (torch.empty_like(bias_D) for _ in range(3))
         for s in _channel_slices(fold_DC.shape[0], fold_DC.device):
             clean_BPd = head.expand(fold_DC[s], bias_D[s])
             clean_Pd = clean_BPd.view(batch * height * width, clean_BPd.shape[2])
@@ -313,10 +313,8 @@ class _SegmentationTraining(torch.autograd.Function):
             _to_gradient(noisy_Nd, dmap_noisy, None, scale, shift, out, a, b)
             dnoise_ND[:, s] = noisy_Nd
             clean_Pd.index_add_(0, source_N, noisy_Nd)
-            # the bias sits in front of a batch norm: its gradient is zero but for rounding
-            dbias_D[s] = clean_Pd.sum(0)
             dfold_DC[s] = head.contract(clean_BPd)
-        return dfold_DC, dbias_D, dnoise_ND, dgamma_D, dbeta_D, dout_D, *(None for _ in range(4 + len(features)))
+        return dfold_DC, None, dnoise_ND, dgamma_D, dbeta_D, dout_D, *(None for _ in range(4 + len(features)))
 
 
 def _tiles(x_BPd: Tensor) -> list[slice]:
@@ -419,6 +417,11 @@ class SuperSimpleNet(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.xavier_normal_(module.weight)
+        # A batch norm subtracts the bias in front of it, whose gradient is therefore zero but for rounding. AdamW divides
+        # that by its size: steps of a whole learning rate, whose direction depends on threads, workers and precision.
+        # Evaluation would see them, since running means lag behind. These biases keep their initial values.
+        for layer in (self.seg_conv, self.cls_conv) if self.adapt_cls else (self.seg_conv, self.cls_conv, self.adaptor):
+            _bias(layer).requires_grad_(False)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adaptor parameters and head parameters, which are optimised differently (ICPR 2024, section 4.2)."""
@@ -544,7 +547,9 @@ class SuperSimpleNet(nn.Module):
     def _seg_fold(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         weight_DC = self.seg_conv.weight.flatten(1)
         fold_DC = _matmul(weight_DC.to(dtype), self.adaptor.weight.flatten(1))
-        return fold_DC, weight_DC @ _bias(self.adaptor) + _bias(self.seg_conv)
+        with torch.no_grad():  # the batch norm behind it takes the bias out again
+            bias_D = weight_DC @ _bias(self.adaptor) + _bias(self.seg_conv)
+        return fold_DC, bias_D
 
     def _cls_fold(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Per layer [5, 5 * E, C_l]: the 5x5 kernel, through the adaptor in the icpr variant."""

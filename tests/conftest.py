@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from ssn.config import Config
@@ -61,3 +63,11 @@ def tiny_model(tiny_data: Path, tiny_config: Config, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("model") / "widget"
     train(tiny_config, data_uri=str(tiny_data), dataset="tiny", category="widget", out=out)
     return out
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Undo what a test does to torch's number of threads: sums, and so trained models, depend on it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
