@@ -417,9 +417,9 @@ class SuperSimpleNet(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.xavier_normal_(module.weight)
-        # A batch norm subtracts the bias in front of it, whose gradient is therefore zero but for rounding. AdamW divides
-        # that by its size: steps of a whole learning rate, whose direction depends on threads, workers and precision.
-        # Evaluation would see them, since running means lag behind. These biases keep their initial values.
+        # A batch norm subtracts the bias in front of it, whose gradient is therefore zero but for rounding. AdamW
+        # divides that by its size: steps of a whole learning rate, in a direction that threads, workers and precision
+        # decide. Evaluation would see them, since running means lag behind. So these biases keep their first values.
         for layer in (self.seg_conv, self.cls_conv) if self.adapt_cls else (self.seg_conv, self.cls_conv, self.adaptor):
             _bias(layer).requires_grad_(False)
 

@@ -6,6 +6,7 @@ Ray's own launcher and autoscaler run; EC2 and IAM are moto's, and commands for 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import re
@@ -25,7 +26,11 @@ from moto import mock_aws
 from tests.servers import KEY, SECRET, free_port, moto_s3, wait_for
 from tuning.capacity import from_autoscaling_config
 
-pytestmark = pytest.mark.integration
+# ray up never closes the file by which it takes its settings to the head
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:unclosed file .*ray-bootstrap-:ResourceWarning"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS = ROOT / "clusters/aws.yaml"
@@ -65,6 +70,7 @@ def cloud(home: Path) -> Iterator[Any]:
         yield boto3.resource("ec2", REGION)
     for cache in caches:
         cache.cache_clear()
+    gc.collect()  # here, where its warning is expected, rather than in another test
 
 
 def launcher_file() -> dict[str, Any]:
