@@ -97,6 +97,9 @@ class TrainConfig:
     units, and changes gradients by some percent of their norm."""
     noise_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the synthetic noise's matrix products; bf16 is faster where the processor has bf16 units."""
+    compile: bool = False
+    """Whether ``torch.compile`` makes one kernel of the backward pass's elementwise arithmetic. It needs a C++ compiler
+    (on GPUs, Triton), takes some seconds of a process's first step, and gains most where memory is slow."""
     sampling: Literal["balanced", "official"] = "balanced"
     """What an epoch is. ``balanced``: ``draws_per_epoch`` images, half of them defective where any is used.
     ``official``: what it is in the papers' code, every normal image once or, where defective images are used, each of

@@ -28,7 +28,7 @@ from ssn.errors import SSNError
 from ssn.features import CategoryFeatures, SplitFeatures, num_images
 from ssn.losses import total_loss
 from ssn.metrics import Metrics, image_metrics, pixel_metrics
-from ssn.model import FoldedHeads, Noise, SuperSimpleNet, image_map
+from ssn.model import FoldedHeads, Noise, SuperSimpleNet, check_compiler, image_map
 from ssn.synthesis import feature_noise, merge_masks, perlin_masks
 
 TRAINED_ON = "trained_on"
@@ -135,6 +135,8 @@ class Trainer:
         self._drawn = self.supervision.drawn
         self._is_weak = np.isin(np.arange(len(features.pool.ids)), self.supervision.weak)
         train = self.config.train
+        if train.compile:
+            check_compiler(self.device)
         self.net = SuperSimpleNet(features.channels, self.config.model, generator_seed=train.train_seed).to(self.device)
         adaptor, heads = self.net.parameter_groups()
         self.optimizer = torch.optim.AdamW(
@@ -224,6 +226,7 @@ class Trainer:
             stop_grad=not supervised,
             noise_dtype=_DTYPE[train.noise_precision],
             workers=self.workers,
+            compiled=train.compile,
         )
         loss = total_loss(
             map_VHW,

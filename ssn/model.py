@@ -25,7 +25,11 @@ Shape suffixes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -227,6 +231,7 @@ class _SegmentationTraining(torch.autograd.Function):
         resampling: Resampling,
         eps: float,
         share: BatchShare,
+        kernels: _Kernels,
         *features_BhwC: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = _SegmentationSlice(features_BhwC, resampling)
@@ -256,7 +261,7 @@ class _SegmentationTraining(torch.autograd.Function):
             act = F.leaky_relu_(torch.addcmul(shift, noisy_Nd, scale), LEAKY_SLOPE)
             map_noisy += act @ out_D[s]
         ctx.save_for_backward(fold_DC, bias_D, noise_ND, gamma_D, beta_D, out_D, index_N, mean_D, var_D, *features_BhwC)
-        ctx.resampling, ctx.eps, ctx.share = resampling, eps, share
+        ctx.resampling, ctx.eps, ctx.share, ctx.kernels = resampling, eps, share, kernels
         map_V = map_clean.repeat(2)
         map_V[index_N] = map_noisy
         ctx.mark_non_differentiable(mean_D, var_D)
@@ -268,6 +273,7 @@ class _SegmentationTraining(torch.autograd.Function):
         head = _SegmentationSlice(features, ctx.resampling)
         batch = head.batch
         height, width = ctx.resampling.size_HW
+        accumulate, to_gradient = ctx.kernels
         views = ctx.share.total
         dmap_V = grads[0].reshape(-1)
         dmap_noisy = dmap_V[index_N]
@@ -293,10 +299,10 @@ class _SegmentationTraining(torch.autograd.Function):
             dout = torch.zeros_like(mean)
             dz_sum, dz_centred_sum = torch.zeros_like(mean), torch.zeros_like(mean)
             for tile in _tiles(clean_BPd):
-                dout, dz_sum, dz_centred_sum = _accumulate(
+                dout, dz_sum, dz_centred_sum = accumulate(
                     clean_Pd[tile], dmap_clean[tile], scale, shift, mean, (dout, dz_sum, dz_centred_sum)
                 )
-            dout, dz_sum, dz_centred_sum = _accumulate(
+            dout, dz_sum, dz_centred_sum = accumulate(
                 noisy_Nd, dmap_noisy, scale, shift, mean, (dout, dz_sum, dz_centred_sum)
             )
             dout_D[s] = dout
@@ -309,12 +315,12 @@ class _SegmentationTraining(torch.autograd.Function):
             b = scale * dz_centred_sum * rstd.square() / views
             a = scale * dz_sum / views - b * mean
             for tile in _tiles(clean_BPd):
-                _to_gradient(clean_Pd[tile], dmap_clean[tile], weight_P[tile], scale, shift, out, a, b)
-            _to_gradient(noisy_Nd, dmap_noisy, None, scale, shift, out, a, b)
+                to_gradient(clean_Pd[tile], dmap_clean[tile], weight_P[tile], scale, shift, out, a, b)
+            to_gradient(noisy_Nd, dmap_noisy, None, scale, shift, out, a, b)
             dnoise_ND[:, s] = noisy_Nd
             clean_Pd.index_add_(0, source_N, noisy_Nd)
             dfold_DC[s] = head.contract(clean_BPd)
-        return dfold_DC, None, dnoise_ND, dgamma_D, dbeta_D, dout_D, *(None for _ in range(4 + len(features)))
+        return dfold_DC, None, dnoise_ND, dgamma_D, dbeta_D, dout_D, *(None for _ in range(5 + len(features)))
 
 
 def _tiles(x_BPd: Tensor) -> list[slice]:
@@ -364,6 +370,32 @@ def _to_gradient(
     if weight_P is not None:
         statistics_Pd.mul_(weight_P[:, None])
     torch.sub(dz_Pd, statistics_Pd, out=p_Pd)
+
+
+class _Kernels(NamedTuple):
+    """What the backward pass does to a tile."""
+
+    accumulate: Callable[..., tuple[Tensor, Tensor, Tensor]] = _accumulate
+    to_gradient: Callable[..., None] = _to_gradient
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse ``compiled`` where nothing compiles.
+
+    Raises:
+        SSNError: on a CPU, there is no C++ compiler where ``torch.compile`` looks for one.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise SSNError(
+            f"train.compile needs a C++ compiler, {compiler}; install it, set CXX, or leave train.compile out"
+        )
+
+
+@functools.cache
+def _compiled_kernels() -> _Kernels:
+    # the last tile, of noisy positions, has another length in every step
+    return _Kernels(torch.compile(_accumulate, dynamic=True), torch.compile(_to_gradient, dynamic=True))
 
 
 def _through_leaky_relu(grad: Tensor, z: Tensor) -> Tensor:
@@ -454,6 +486,7 @@ class SuperSimpleNet(nn.Module):
         stop_grad: bool,
         noise_dtype: torch.dtype = torch.float32,
         workers: Workers = ALONE,
+        compiled: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Both halves of a training batch: the images, and the images again, each view with its own noise.
 
@@ -466,6 +499,7 @@ class SuperSimpleNet(nn.Module):
                 a perturbation of size sigma.
             workers: Those who share the batch, if this is a slice of it, possibly empty: batch norms are over all of
                 it, and gradients are the slice's share. All of them must call this, and backward, at the same time.
+            compiled: Whether the backward pass's elementwise arithmetic goes through ``torch.compile``.
 
         Returns:
             Map logits [2B, H, W] and score logits [2B]. Batch-norm buffers are updated.
@@ -489,6 +523,7 @@ class SuperSimpleNet(nn.Module):
             r,
             self.seg_bn.eps,
             share,
+            _compiled_kernels() if compiled else _Kernels(),
             *features_BhwC,
         )
         _update_running_stats(self.seg_bn, mean_D, var_D, share.total)

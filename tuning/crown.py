@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ssn.data.reader import SearchData, open_test_data
 from ssn.errors import SSNError
+from tuning.costs import trial_cost
 from tuning.finalists import Selection
 from tuning.incumbent import (
     UNOPPOSED,
@@ -22,8 +23,10 @@ from tuning.incumbent import (
     Verdict,
     compare_recorded,
     compare_rescored,
+    favour_cheaper,
     images_to_leave_out,
     not_comparable,
+    out_of_bounds,
     recorded_objective,
     rescore,
     yardstick,
@@ -133,10 +136,14 @@ class Crowning:
 
         if incumbent is None or incumbent.run_id in run_ids:
             return candidate(UNOPPOSED)
+        excluded = out_of_bounds(name, incumbent, self.settings.objective)
+        if excluded is not None:
+            return candidate(excluded)
         fingerprint = self.data[name].info.search_fingerprint
         recorded = recorded_objective(incumbent, search_fingerprint=fingerprint, judged_by=self._yardstick())
         if recorded is not None:
-            return candidate(compare_recorded(name, incumbent, winner.mean, recorded))
+            verdict = compare_recorded(name, incumbent, winner.mean, recorded)
+            return candidate(self._weigh_costs(name, selection, verdict))
         try:
             champion = load_trial_model(incumbent.run_id, self.tracker.tracking_uri)
             left_out = images_to_leave_out(champion, data_changed=incumbent.search_fingerprint != fingerprint)
@@ -165,7 +172,8 @@ class Crowning:
         rescored = _outcome(lambda ref: cast(Rescored, ray.get(ref)), candidate.pending)
         if isinstance(rescored, str):
             return not_comparable(name, candidate.incumbent, rescored)
-        return compare_rescored(name, candidate.incumbent, rescored)
+        verdict = compare_rescored(name, candidate.incumbent, rescored)
+        return self._weigh_costs(name, candidate.selection, verdict)
 
     def _start_scoring(
         self, name: str, candidate: _Candidate | str, verdict: Verdict | str
@@ -258,6 +266,7 @@ class Crowning:
             times += 1
             self._log_score(run_id, score, times)
         winner, means = candidate.selection.winner, mean_scores(scores)
+        measured = winner.median_run.metrics
         stds = {f"test_{name}_std": f"{std:.6g}" for name, (_, std) in means.items() if std is not None}
         return promote(
             candidate.run_id,
@@ -266,12 +275,13 @@ class Crowning:
                 validation_objective=winner.mean,
                 num_trials=num_trials,
                 test_metrics={name: mean for name, (mean, _) in means.items()},
-                train_masks=int(winner.median_run.metrics.get("masks_used", 0)),
-                train_weak_labels=int(winner.median_run.metrics.get("weak_labels_used", 0)),
+                train_masks=int(measured.get("masks_used", 0)),
+                train_weak_labels=int(measured.get("weak_labels_used", 0)),
                 validation_labels=info.counts["validation"].defective,
                 validation_masks=info.counts["validation"].masks,
                 extra={
                     **self._yardstick(),
+                    **({"latency_ms": f"{measured['latency_ms']:.6g}"} if "latency_ms" in measured else {}),
                     "searched": describe_search(self.settings),
                     **stds,
                     **({} if winner.std is None else {"validation_objective_std": f"{winner.std:.6g}"}),
@@ -300,6 +310,11 @@ class Crowning:
                 files=pictures,
                 artifact_path="pictures",
             )
+
+    def _weigh_costs(self, name: str, selection: Selection, verdict: Verdict) -> Verdict:
+        objective = self.settings.objective
+        cost = trial_cost(selection.winner.median_run.metrics, objective.against)
+        return favour_cheaper(name, verdict, objective, cost)
 
     def _yardstick(self) -> dict[str, str]:
         return yardstick(self.settings.objective, self.settings.eval)

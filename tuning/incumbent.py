@@ -1,7 +1,9 @@
 """The champion that is registered already, against the candidate of a new sweep: the better one gets the alias.
 
 On the same data, judged alike, the validation results that were recorded decide. Otherwise both models are scored on
-the present validation split, without the images that the incumbent trained on. The test split has no say.
+the present validation split, without the images that the incumbent trained on. An incumbent that exceeds a bound of the
+present sweep gives way, and where champions are the knee of a front, so does one that is better but costs more. The
+test split has no say.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ssn.config import EvalConfig
 from ssn.errors import SSNError
+from tuning.costs import COST_NAMES
 from tuning.settings import ObjectiveSettings
 
 if TYPE_CHECKING:
     from ssn.checkpoint import Checkpoint
     from ssn.data.reader import SearchData
 
-Way = Literal["unopposed", "recorded", "rescored", "not comparable"]
+Way = Literal["unopposed", "out of bounds", "recorded", "rescored", "not comparable"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Rescored:
     num_images: int
     num_left_out: int
 
+
+COST_TAGS = {"labels": ("train_masks", "train_weak_labels"), "latency": ("latency_ms",)}
+"""Of a registered version: what its cost is the sum of, by ``objective.against``."""
 
 UNOPPOSED = Verdict(promoted=True, way="unopposed", reason="")
 
@@ -149,6 +155,47 @@ def not_comparable(category: str, incumbent: Incumbent, why: str) -> Verdict:
 
 def _outcome(promoted: bool) -> str:
     return "takes its place" if promoted else "does not take its place"
+
+
+def out_of_bounds(category: str, incumbent: Incumbent, objective: ObjectiveSettings) -> Verdict | None:
+    """The verdict on an incumbent that the present sweep would not have as champion; None: it keeps the bounds, as far
+    as its costs were recorded."""
+    bounds = (
+        ("max_masks", objective.max_masks, "train_masks", "masks"),
+        ("max_latency_ms", objective.max_latency_ms, "latency_ms", "ms"),
+    )
+    for bound, most, tag, unit in bounds:
+        if most is not None and float(incumbent.tags.get(tag, 0)) > most:
+            reason = (
+                f"{category}: the champion {incumbent.title} gives way, because its {incumbent.tags[tag]} {unit} are "
+                f"more than objective.{bound}={most:g}"
+            )
+            return Verdict(True, "out of bounds", reason, incumbent)
+    return None
+
+
+def favour_cheaper(category: str, verdict: Verdict, objective: ObjectiveSettings, cost: float) -> Verdict:
+    """The verdict where champions are the knee of a front: an incumbent stays only if it costs no more, too.
+
+    Args:
+        category: Named in the reason.
+        verdict: By the objective alone.
+        objective: What it is weighed against, and which trial of the front is picked.
+        cost: Of the candidate, by :func:`tuning.costs.trial_cost`.
+    """
+    if verdict.promoted or verdict.incumbent is None or objective.against == "none" or objective.pick != "knee":
+        return verdict
+    name, tags = COST_NAMES[objective.against], verdict.incumbent.tags
+    parts = [tags.get(tag) for tag in COST_TAGS[objective.against]]
+    known = None if None in parts else sum(float(part) for part in parts if part is not None)
+    if known is not None and known <= cost:
+        return verdict
+    than = "a cost that was not recorded" if known is None else f"{known:g}"
+    reason = (
+        f"{category}: {verdict.incumbent.title} has the higher objective, but this sweep's knee has a {name} of "
+        f"{cost:g} instead of {than}, and takes its place"
+    )
+    return replace(verdict, promoted=True, reason=reason)
 
 
 def images_to_leave_out(incumbent: Checkpoint, *, data_changed: bool) -> frozenset[str]:

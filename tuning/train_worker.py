@@ -1,7 +1,7 @@
 """Where a trial runs: in Tune's own trial process, or in a Ray Train worker group that the trial starts.
 
-Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A group's
-driver does nothing but wait, so it asks for next to no CPU; one that held a CPU would keep it from its own workers.
+Both adapt the same :func:`tuning.objective.run_trial`; the third way, without Ray, is ``ssn.train_job``. A trial with a
+group does nothing but watch it, so it asks for next to no CPU; one that held a CPU would keep it from its own workers.
 """
 
 from __future__ import annotations
@@ -101,11 +101,12 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     process is started again. It keeps two: the driver, which notes where each is, hears of the last one later.
     """
     from ray import train, tune
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.train.torch import TorchConfig
+
+    from tuning.worker_group import ReportToTune, TrialTrainer
 
     placement = setup.placement
-    TorchTrainer(
+    TrialTrainer(
         _train_in_worker,
         train_loop_config={"trial": dict(trial), "setup": setup},
         scaling_config=train.ScalingConfig(
@@ -119,7 +120,7 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
             storage_path=setup.storage_path,
             storage_filesystem=setup.storage_filesystem,
             # Train's second version, which ray.train is at run time and not yet for type checkers
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            callbacks=[ReportToTune()],  # type: ignore[list-item]
             # a controller that may fail for ever never tells Tune that its trial has failed
             failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),

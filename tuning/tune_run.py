@@ -130,7 +130,7 @@ def run_tune(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=min(fits, concurrency or fits),
-            reuse_actors=placement.num_workers == 0,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=name,

@@ -19,7 +19,7 @@ from tuning.champions import ALIAS
 from tuning.crown import Crowning
 from tuning.finalists import Finalist, Selection
 from tuning.ledger import SweepLedger
-from tuning.settings import SweepSettings
+from tuning.settings import ObjectiveSettings, SweepSettings
 from tuning.sweep_result import CategoryResult
 from tuning.tracking import MLflowTracker, Sweep, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri
@@ -129,6 +129,12 @@ def test_old_champion_stays_unless_it_is_beaten(factory: Factory) -> None:
     assert [run.tags["test_split_scored_times"] for run in factory.scored("s4")] == ["4"]
     assert factory.tracker.client.get_model_version_by_alias("tiny.widget", ALIAS).run_id == fourth.run_id
     assert "takes its place" in fourth.notices()[0]
+
+    # its six masks are more than this sweep would have
+    factory.settings = replace(factory.settings, objective=ObjectiveSettings(max_masks=5))
+    fifth = factory.crown("s5", 0.5)
+    assert fifth.verdict is not None
+    assert (fifth.verdict.way, fifth.verdict.promoted) == ("out of bounds", True)
 
 
 def test_sweep_that_goes_on_scores_and_registers_nothing_twice(

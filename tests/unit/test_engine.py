@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssn import engine
+from ssn import engine, model
 from ssn.bundle import OPTIMIZER_PREFIX
 from ssn.checkpoint import load_checkpoint
 from ssn.config import Config
@@ -35,7 +36,7 @@ from ssn.model import Noise, SuperSimpleNet
 from ssn.synthesis import feature_noise, perlin_masks
 from tests import oracle
 from tests.planted_features import CHANNELS, CONFIG, EVAL_SIZE, MAP_SIZE, plant_features, with_train
-from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL
+from tests.tolerances import FLOAT32_ATOL, FLOAT32_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL, TRAINED_RTOL
 
 
 def run(
@@ -600,3 +601,27 @@ def test_published_split_without_validation_images_is_trained_on() -> None:
         assert not [name for name in report.metrics if name.startswith("val_")]
         assert report.undefined["val_image_auroc"] == "the published split has no validation images"
         assert ("val_pixel_ap" in report.undefined) == (report.epoch == CONFIG.train.epochs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler; apt-get install g++")
+@pytest.mark.parametrize("regime", [{}, {"supervision_ratio": 1.0}])
+def test_compiled_training_computes_the_same(regime: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    features = plant_features()
+    plain, reports = run(with_train(CONFIG, **regime), features)
+    compiled_kernels, asked = model._compiled_kernels, []
+    monkeypatch.setattr(model, "_compiled_kernels", lambda: asked.append(1) or compiled_kernels())
+    compiled, again = run(with_train(CONFIG, compile=True, **regime), features)
+    assert asked
+    for one, other in zip(reports, again, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert other.metrics[name] == pytest.approx(one.metrics[name], rel=TRAINED_RTOL)
+    for (name, expected), found in zip(plain.net.named_parameters(), compiled.net.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=TRAINED_RTOL, atol=TRAINED_RTOL, msg=name)
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        SSNError, match=r"^train\.compile needs a C\+\+ compiler, no-such-compiler; install it, set CXX"
+    ):
+        Trainer(with_train(CONFIG, compile=True), plant_features())

@@ -17,8 +17,10 @@ from tuning.incumbent import (
     Rescored,
     compare_recorded,
     compare_rescored,
+    favour_cheaper,
     images_to_leave_out,
     not_comparable,
+    out_of_bounds,
     recorded_objective,
     rescore,
     yardstick,
@@ -71,6 +73,57 @@ def test_candidate_without_a_rival_that_can_be_scored_is_promoted_and_says_so() 
     assert verdict.reason == (
         "bolt: the champion widgets.bolt/3 is replaced without a comparison, because its weights are gone"
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        (ObjectiveSettings(), None),
+        (ObjectiveSettings(max_masks=12, max_latency_ms=7.5), None),
+        (ObjectiveSettings(max_masks=5), "its 12 masks are more than objective.max_masks=5"),
+        (ObjectiveSettings(max_latency_ms=7), "its 7.5 ms are more than objective.max_latency_ms=7"),
+    ],
+)
+def test_incumbent_beyond_a_bound_gives_way(objective: ObjectiveSettings, reason: str | None) -> None:
+    verdict = out_of_bounds("bolt", replace(INCUMBENT, tags={"train_masks": "12", "latency_ms": "7.5"}), objective)
+    if reason is None:
+        assert verdict is None
+        return
+    assert verdict is not None
+    assert (verdict.promoted, verdict.way) == (True, "out of bounds")
+    assert verdict.reason == f"bolt: the champion widgets.bolt/3 gives way, because {reason}"
+
+
+def test_costs_that_were_not_recorded_keep_every_bound() -> None:
+    assert out_of_bounds("bolt", INCUMBENT, ObjectiveSettings(max_masks=0, max_latency_ms=0.1)) is None
+
+
+KNEE = ObjectiveSettings(against="labels", pick="knee")
+KNEE_MS = ObjectiveSettings(against="latency", pick="knee")
+
+
+@pytest.mark.parametrize(
+    ("objective", "tags", "cost", "promoted"),
+    [
+        (KNEE, {"train_masks": "4", "train_weak_labels": "3"}, 6, True),
+        (KNEE, {"train_masks": "4", "train_weak_labels": "3"}, 7, False),
+        (KNEE, {"train_masks": "4"}, 4, True),
+        (KNEE_MS, {"latency_ms": "7.5"}, 7.0, True),
+        (KNEE_MS, {"latency_ms": "7.5"}, 7.5, False),
+        (KNEE_MS, {}, 99.0, True),
+        (ObjectiveSettings(against="labels"), {"train_masks": "4", "train_weak_labels": "3"}, 6, False),
+        (ObjectiveSettings(), {"train_masks": "4", "train_weak_labels": "3"}, 0, False),
+    ],
+)
+def test_better_incumbent_gives_way_to_a_knee_that_costs_less(
+    objective: ObjectiveSettings, tags: dict[str, str], cost: float, promoted: bool
+) -> None:
+    incumbent = replace(INCUMBENT, tags=tags)
+    verdict = favour_cheaper("bolt", compare_recorded("bolt", incumbent, 0.8, 0.9), objective, cost)
+    assert verdict.promoted is promoted
+    assert verdict.reason.endswith("takes its place" if promoted else "does not take its place")
+    better = compare_recorded("bolt", incumbent, 0.9, 0.8)
+    assert favour_cheaper("bolt", better, objective, 99.0) is better
 
 
 @pytest.fixture(scope="module")
