@@ -107,6 +107,16 @@ def missing_labels(config: Config, info: CategoryInfo) -> str | None:
     return None
 
 
+class _AdamW(torch.optim.AdamW):
+    """PyTorch's, without the wrappers that keep ``torch.compile`` out of it and import it for that: 4 s
+    of every process in which something is trained. What they wrap is left as it is."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    state_dict = torch.optim.Optimizer.state_dict.__wrapped__  # type: ignore[attr-defined]
+    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__  # type: ignore[attr-defined]
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)  # type: ignore[attr-defined]
+
+
 class Trainer:
     """Network, optimiser and data of one run.
 
@@ -139,7 +149,7 @@ class Trainer:
             check_compiler(self.device)
         self.net = SuperSimpleNet(features.channels, self.config.model, generator_seed=train.train_seed).to(self.device)
         adaptor, heads = self.net.parameter_groups()
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Optimizer = _AdamW(
             [
                 {"params": adaptor, "lr": train.lr_adaptor, "weight_decay": train.weight_decay_adaptor},
                 {"params": heads, "lr": train.lr_heads, "weight_decay": train.weight_decay_heads},
@@ -238,7 +248,7 @@ class Trainer:
             weight_BHW=~weak_V11 if self._is_weak.any() else None,
             all_reduce=self.workers.add_shares,
         ).total
-        self.optimizer.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         loss.backward()
         self.workers.add(*(p.grad for p in self.net.parameters() if p.grad is not None))
         if supervised:

@@ -1,6 +1,7 @@
 """``python -m tests.integration.faulty_sweep FAULTS sweep ...``: a sweep some of whose trials go wrong.
 
-``FAULTS`` is JSON, ``{"<category>/<index>": "nan" | "memory" | "killed"}``; the rest is for ``python -m tuning``.
+``FAULTS`` is JSON, ``{"<category>/<index>": "nan" | "memory" | "killed"}``, of trials of the search; the rest is for
+``python -m tuning``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MEMORY_BYTES = 100 * 2**20
 
 def train_faultily(trial: dict[str, Any], setup: WorkerSetup, faults: dict[str, str]) -> None:
     """Train as ever, but for the trials that ``faults`` names."""
-    fault = faults.get(f"{trial['category']}/{trial['index']}")
+    fault = faults.get(f"{trial['category']}/{trial['index']}") if "stage" not in trial else None
     run_trial = train_worker.run_trial
     if fault == "nan":
         trial = {**trial, "config": {**trial["config"], "train.lr_heads": 1e30}}

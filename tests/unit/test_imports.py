@@ -75,3 +75,16 @@ except SystemExit as done:
     assert done.code == 0, done.code
 """
     assert not loaded_after(code) & {"torch", "timm", "ray", "mlflow"}
+
+
+def test_training_on_features_imports_no_compiler() -> None:
+    """Of which sympy is a part; it would cost every new trial process seconds."""
+    loaded = loaded_after(
+        """
+from ssn.engine import fit
+from tests.planted_features import CONFIG, plant_features, with_train
+fit(with_train(CONFIG, epochs=1), plant_features(), report=lambda report, save: None)
+"""
+    )
+    assert "torch" in loaded
+    assert not loaded & {"sympy", "timm", "torchvision"}
