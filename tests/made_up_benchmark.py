@@ -10,10 +10,10 @@ from typing import Any
 from ssn.config import ModelConfig
 from ssn.data.reader import CategoryInfo, SplitCount
 from ssn.data.records import SCHEMA_VERSION
-from tuning.benchmark_plan import Plan, PlannedRun, make_plan, make_variants, read_configurations
-from tuning.benchmark_results import RunResult
-from tuning.benchmark_table import METRICS
-from tuning.train_worker import Placement
+from tuning.benchmarking.plan import Plan, PlannedRun, make_plan, make_variants, read_configurations
+from tuning.benchmarking.results import RunResult
+from tuning.benchmarking.table import METRICS
+from tuning.execution.train_worker import Placement
 
 ONE_CORE = Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0)
 REPORTED: dict[str, Any] = {

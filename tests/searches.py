@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssn.config import Config, flatten
-from tuning.rungs import rung_epochs
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Axis, Choice, Condition, FloatRange
-from tuning.study_database import StudyDatabase
-from tuning.weights import weights_key
-from tuning.winner import TrialRecord
+from tuning.champions.winner import TrialRecord
+from tuning.execution.weights import weights_key
+from tuning.persistence.study_database import StudyDatabase
+from tuning.search.rungs import rung_epochs
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Axis, Choice, Condition, FloatRange
 
 EPOCHS, GRACE, ETA = 9, 1, 3
 WEIGHTS = {weights_key(Config().model): "weights"}

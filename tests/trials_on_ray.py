@@ -16,13 +16,13 @@ from ray.tune.search import Searcher
 
 from ssn.config import Config, flatten
 from ssn.data.reader import open_search_data
-from tuning.interrupt import StopFlag
-from tuning.objective import TrialContext
-from tuning.rungs import Rungs
+from tuning.execution.interrupt import StopFlag
+from tuning.execution.objective import TrialContext
+from tuning.execution.train_worker import Finish, Placement
+from tuning.execution.tune_run import open_storage, run_tune
+from tuning.execution.weights import load_weights_digests
+from tuning.search.rungs import Rungs
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Finish, Placement
-from tuning.tune_run import open_storage, run_tune
-from tuning.weights import load_weights_digests
 
 
 class GivenTrials(Searcher):

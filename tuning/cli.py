@@ -17,7 +17,7 @@ from ssn.console import print_table, print_whole, run_app, write_json
 from ssn.errors import SSNError
 
 if TYPE_CHECKING:
-    from tuning.report import Leaderboard
+    from tuning.reporting.report import Leaderboard
 
 app = typer.Typer(
     help="Hyperparameter search for SuperSimpleNet on Ray, with one MLflow champion per category.",
@@ -133,7 +133,7 @@ def sweep(
     name = None if dataset is None else dataset_name(dataset)
     categories = tuple(category) if category else None
     if resume is not None:
-        from tuning.resume import read_resumed
+        from tuning.persistence.resume import read_resumed
 
         resumed = read_resumed(
             out,
@@ -220,8 +220,8 @@ def plan(
     categories = tuple(category) if category else None
     settings = load_config(SweepSettings, files=config or (), sets=sets, defaults=read_defaults(data, name, categories))
 
-    from tuning.plan import plan as make_plan  # after the settings are known to be right: torch takes seconds
-    from tuning.plan_text import plan_lines, plan_table
+    from tuning.planning.plan import plan as make_plan  # after the settings are known to be right: torch takes seconds
+    from tuning.planning.plan_text import plan_lines, plan_table
 
     planned = make_plan(
         settings,
@@ -296,8 +296,8 @@ def benchmark(
     json_file: JsonOption = None,
 ) -> None:
     """Score fixed settings on the test split: mean and deviation over repetitions, and what labels are worth."""
-    from tuning.benchmark import benchmark as run_benchmark
-    from tuning.benchmark_table import read_paper
+    from tuning.benchmarking.benchmark import benchmark as run_benchmark
+    from tuning.benchmarking.table import read_paper
 
     name = dataset_name(dataset)
     result = run_benchmark(
@@ -325,7 +325,7 @@ def promote(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make a trial, picked by hand, the champion of its category."""
-    from tuning.champions import promote as run_promote
+    from tuning.champions.registry import promote as run_promote
 
     champion = run_promote(run_id, resolve_tracking_uri(tracking_uri))
     print(f"{champion.name} version {champion.version}: {champion.model_uri}")
@@ -355,7 +355,7 @@ def report(
     json_file: JsonOption = None,
 ) -> None:
     """Show the leaderboard of a sweep again, read from its runs."""
-    from tuning.report import leaderboard_from_runs
+    from tuning.reporting.report import leaderboard_from_runs
     from tuning.tracking.mlflow_tracker import MLflowTracker
     from tuning.tracking.protocol import PARENT_STAGE
 
@@ -420,7 +420,7 @@ def show_leaderboard(leaderboard: Leaderboard, *, markdown: bool = False) -> Non
 
 def read_champions(tracking_uri: str, dataset: str | None) -> list[dict[str, Any]]:
     """One row per registered model that has a champion: its name, version, run and the tags it was registered with."""
-    from tuning.champions import ALIAS
+    from tuning.champions.registry import ALIAS
     from tuning.tracking.mlflow_tracker import explained, open_client
 
     client = open_client(tracking_uri)

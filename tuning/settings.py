@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig, flatten
 from ssn.errors import SSNError
-from tuning.budget import Budget
-from tuning.rungs import Rungs
-from tuning.space import (
+from tuning.planning.budget import Budget
+from tuning.search.rungs import Rungs
+from tuning.search.space import (
     EPOCHS_KEY,
     AttainableRatio,
     Axis,
@@ -23,7 +23,7 @@ from tuning.space import (
     check_combinations,
     validate_space,
 )
-from tuning.space_syntax import DEFAULT_SPACE, parse_space
+from tuning.search.space_syntax import DEFAULT_SPACE, parse_space
 
 Against = Literal["none", "labels", "latency"]
 Pick = Literal["best", "knee"]
@@ -40,8 +40,8 @@ class SearchSettings:
     """Whether one configuration is searched for all categories, by its mean objective; ``trials`` is then how many
     configurations are tried."""
     space: Mapping[str, object] = field(default_factory=lambda: dict(DEFAULT_SPACE))
-    """What is searched: dotted config key -> axis, written as ``tuning.space_syntax`` says. A file or option that names
-    one key changes that key and keeps the rest."""
+    """What is searched: dotted config key -> axis, written as ``tuning.search.space_syntax`` says. A file or option
+    that names one key changes that key and keeps the rest."""
     categories: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Category -> what differs from ``space`` there, key by key."""
     grace_epochs: int | None = None

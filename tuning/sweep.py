@@ -24,21 +24,27 @@ from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.storage import join_uri
 from ssn.errors import SSNError
-from tuning.capacity import Capacity, check_fits, cluster_capacity, use_gpu
-from tuning.costs import check_against, describe_pick
-from tuning.feature_groups import category_spaces, models_of
-from tuning.feature_sizes import MapSizes, size_feature_groups
-from tuning.incumbent import yardstick
-from tuning.interrupt import StopFlag, terminate_as_interrupt
-from tuning.ledger import STUDIES_FILE, SweepLedger
-from tuning.objective import TrialContext, check_objective, check_protocol
-from tuning.report import Leaderboard, count_infeasible
-from tuning.resume import check_unchanged, close_runs, count_trials, describe_sweep, read_earlier, resume_command
-from tuning.settings import SweepSettings
-from tuning.space import CategorySpace
-from tuning.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
-from tuning.sweep_lock import SweepLock
-from tuning.sweep_result import (
+from tuning.champions.incumbent import yardstick
+from tuning.execution.capacity import Capacity, check_fits, cluster_capacity, use_gpu
+from tuning.execution.feature_sizes import MapSizes, size_feature_groups
+from tuning.execution.interrupt import StopFlag, terminate_as_interrupt
+from tuning.execution.objective import TrialContext, check_objective, check_protocol
+from tuning.execution.train_worker import Placement
+from tuning.execution.tune_run import SharedFeatures, feature_budget_bytes, open_storage, run_tune, share_features
+from tuning.execution.weights import load_weights_digests, weights_key
+from tuning.persistence.ledger import STUDIES_FILE, SweepLedger
+from tuning.persistence.resume import (
+    check_unchanged,
+    close_runs,
+    count_trials,
+    describe_sweep,
+    read_earlier,
+    resume_command,
+)
+from tuning.persistence.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
+from tuning.persistence.sweep_lock import SweepLock
+from tuning.reporting.report import Leaderboard, count_infeasible
+from tuning.reporting.sweep_result import (
     CategoryResult,
     SweepResult,
     describe_decision,
@@ -46,27 +52,28 @@ from tuning.sweep_result import (
     leaderboard_row,
     parent_summary,
 )
+from tuning.search.costs import check_against, describe_pick
+from tuning.search.feature_groups import category_spaces, models_of
+from tuning.search.space import CategorySpace
+from tuning.settings import SweepSettings
 from tuning.tracking.protocol import CLOSE_PATIENCE_S, STOP_PATIENCE_S
-from tuning.train_worker import Placement
-from tuning.tune_run import SharedFeatures, feature_budget_bytes, open_storage, run_tune, share_features
-from tuning.weights import load_weights_digests, weights_key
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
     from rich.console import Console
 
-    from tuning.benchmark_plan import BenchmarkSettings
-    from tuning.budget_stopper import BudgetStopper
-    from tuning.finalists import FinalistRun, Finals, Selection
-    from tuning.fixed_runs import FixedRuns
-    from tuning.progress import ProgressCallback
-    from tuning.resume import ResumedSweep
-    from tuning.search import MultiplexSearcher
-    from tuning.shared import SharedSearcher
-    from tuning.shared_report import SharedComparison
+    from tuning.benchmarking.plan import BenchmarkSettings
+    from tuning.champions.finalists import FinalistRun, Finals, Selection
+    from tuning.champions.winner import TrialRecord
+    from tuning.execution.budget_stopper import BudgetStopper
+    from tuning.persistence.resume import ResumedSweep
+    from tuning.reporting.progress import ProgressCallback
+    from tuning.reporting.shared_report import SharedComparison
+    from tuning.search.fixed_runs import FixedRuns
+    from tuning.search.searcher import MultiplexSearcher
+    from tuning.search.shared import SharedSearcher
+    from tuning.search.warm_start import Start
     from tuning.tracking.protocol import Sweep
-    from tuning.warm_start import Start
-    from tuning.winner import TrialRecord
 
 RAY_FOLDER = "ray"
 """Where Ray keeps checkpoints and its own state, below the sweep's folder."""
@@ -77,7 +84,7 @@ _RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see tuning.interrupt
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see tuning.execution.interrupt
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -116,7 +123,7 @@ def sweep(
     """
     import optuna
 
-    from tuning.budget_stopper import BudgetStopper
+    from tuning.execution.budget_stopper import BudgetStopper
     from tuning.tracking import MLflowTracker, Outbox
     from tuning.tracking.environment import environment_tags
     from tuning.tracking.outbox import outbox_folder
@@ -288,7 +295,7 @@ def place(settings: SweepSettings | BenchmarkSettings, capacity: Capacity | None
         capacity: Of the cluster; None: of the connected one.
 
     Raises:
-        SSNError: see :func:`tuning.capacity.check_fits`; also workers of one trial that would share a GPU.
+        SSNError: see :func:`tuning.execution.capacity.check_fits`; also workers of one trial that would share a GPU.
     """
     capacity = capacity or cluster_capacity()
     wanted = settings.resources
@@ -372,8 +379,8 @@ class _Run:
 
     def starts(self, tracker: Any) -> tuple[dict[str, tuple[Start, ...]], list[str]]:
         """What each category tries before the sampler is asked, and what to tell the user about it."""
-        from tuning.champions import find_champion
-        from tuning.warm_start import plan_starts, read_transfers
+        from tuning.champions.registry import find_champion
+        from tuning.search.warm_start import plan_starts, read_transfers
 
         search, earlier = self.settings.search, None
         if search.shared:
@@ -400,7 +407,7 @@ class _Run:
         earlier: Sequence[TrialRecord],
         database: StudyDatabase | None,
     ) -> MultiplexSearcher | SharedSearcher:
-        from tuning.search import CategorySearch, MultiplexSearcher
+        from tuning.search.searcher import CategorySearch, MultiplexSearcher
 
         search = self.settings.search
         categories = [
@@ -418,7 +425,7 @@ class _Run:
             for name, data in self.data.items()
         ]
         if search.shared:
-            from tuning.shared import make_shared_searcher
+            from tuning.search.shared import make_shared_searcher
 
             return make_shared_searcher(
                 categories,
@@ -468,7 +475,7 @@ class _Run:
             tracker: Where runs go.
             console: For notices.
         """
-        from tuning.crown import Crowning
+        from tuning.champions.crown import Crowning
 
         notify = functools.partial(console.print, highlight=False, markup=False)
         database = self.open_database(notify)
@@ -557,9 +564,9 @@ class _Run:
         """Run Tune to the end, or until it is interrupted or a budget is spent, now or before a resume."""
         from ray.tune.schedulers import FIFOScheduler
 
-        from tuning.progress import ProgressCallback
-        from tuning.scheduler import MultiplexScheduler
-        from tuning.shared import SharedSearcher
+        from tuning.reporting.progress import ProgressCallback
+        from tuning.search.scheduler import MultiplexScheduler
+        from tuning.search.shared import SharedSearcher
 
         ended_by = self.ledger.read_end("search")
         if ended_by is None and not searcher.done:
@@ -595,12 +602,12 @@ class _Run:
         """
         from ray.tune.schedulers import FIFOScheduler
 
-        from tuning.finalists import FinalistRun, Finals, plan_finalists
-        from tuning.fixed_runs import FixedRuns
-        from tuning.progress import ProgressCallback
-        from tuning.shared import SharedSearcher, plan_shared_finalists
+        from tuning.champions.finalists import FinalistRun, Finals, plan_finalists
+        from tuning.champions.winner import rank_trials
+        from tuning.reporting.progress import ProgressCallback
+        from tuning.search.fixed_runs import FixedRuns
+        from tuning.search.shared import SharedSearcher, plan_shared_finalists
         from tuning.tracking.protocol import FINALIST_STAGE
-        from tuning.winner import rank_trials
 
         finalists = self.settings.finalists
         if isinstance(searcher, SharedSearcher):
@@ -636,8 +643,8 @@ class _Run:
 
     def select(self, searcher: MultiplexSearcher | SharedSearcher, finals: Finals, name: str) -> Selection:
         """A category's winner, or its run of the configuration that wins for all."""
-        from tuning.finalists import select_finalist
-        from tuning.shared import SharedSearcher, select_shared
+        from tuning.champions.finalists import select_finalist
+        from tuning.search.shared import SharedSearcher, select_shared
 
         if isinstance(searcher, SharedSearcher):
             return select_shared(searcher, self.settings.finalists, finals.planned, finals.records)[name]
@@ -646,7 +653,7 @@ class _Run:
 
     def candidates(self, searcher: MultiplexSearcher, name: str) -> list[TrialRecord]:
         """The category's trials that may become its champion."""
-        from tuning.pareto import contenders
+        from tuning.search.pareto import contenders
 
         return list(contenders(searcher.records(name), self.settings.objective))
 
@@ -660,7 +667,7 @@ class _Run:
         features: SharedFeatures,
     ) -> None:
         """One Tune run of the sweep."""
-        from tuning.ledger_callback import LedgerCallback
+        from tuning.persistence.ledger_callback import LedgerCallback
 
         stop = StopFlag()
         storage = open_storage(join_uri(self.ledger.files.root_uri, RAY_FOLDER))
@@ -689,7 +696,7 @@ class _Run:
 
     def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:
         """A shared search's models with those that were tuned by category; None for any other search."""
-        from tuning.shared_report import compare_with_tuned
+        from tuning.reporting.shared_report import compare_with_tuned
 
         if not self.settings.search.shared:
             return None
@@ -741,7 +748,7 @@ class _Run:
 
     def draw_front(self, result: CategoryResult, scratch: Path) -> list[Path]:
         """Files that show what a category's objective costs, if that was asked for."""
-        from tuning.pareto_chart import write_front
+        from tuning.search.pareto_chart import write_front
 
         objective, counts = self.settings.objective, self.data[result.category].info.counts["validation"]
         if objective.against == "none":

@@ -33,13 +33,13 @@ import psutil
 
 from ssn.config import Config, digest, flatten
 from tests.benchmarks.measure import describe_machine
-from tuning.rungs import Rungs
-from tuning.scheduler import MultiplexScheduler
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Choice, FloatRange
+from tuning.execution.weights import weights_key
+from tuning.search.rungs import Rungs
+from tuning.search.scheduler import MultiplexScheduler
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Choice, FloatRange
 from tuning.sweep import connect_ray
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
-from tuning.weights import weights_key
 
 EPOCHS = 9
 RUNGS = Rungs(grace_epochs=1, eta=3)
@@ -117,7 +117,7 @@ def watch_parts() -> Split:
     """Of what the platform's own classes, and Tune's snapshots, do in the driver."""
     from ray.tune.execution import experiment_state, tune_controller
 
-    from tuning.progress import ProgressCallback
+    from tuning.reporting.progress import ProgressCallback
     from tuning.tracking.callback import TrackerCallback
 
     split = Split()
@@ -202,7 +202,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
     import optuna
     from ray import tune
 
-    from tuning.progress import ProgressCallback
+    from tuning.reporting.progress import ProgressCallback
     from tuning.tracking import MLflowTracker, Outbox, Sweep, environment_tags
     from tuning.tracking.callback import TrackerCallback
     from tuning.tracking.mlflow_tracker import default_tracking_uri

@@ -27,14 +27,14 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from ssn.config import Config, digest, flatten, unflatten
-from tuning.costs import trial_cost
-from tuning.halving import Halving
-from tuning.pareto import hypervolume, make_points
-from tuning.sampler import make_sampler
-from tuning.search import CategorySearch, MultiplexSearcher
+from tuning.execution.weights import weights_key
+from tuning.search.costs import trial_cost
+from tuning.search.halving import Halving
+from tuning.search.pareto import hypervolume, make_points
+from tuning.search.sampler import make_sampler
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Axis, Choice, Condition, FloatRange
 from tuning.settings import Against
-from tuning.space import Axis, Choice, Condition, FloatRange
-from tuning.weights import weights_key
 
 EPOCHS, RUNGS, ETA, PARALLEL = 27, (3, 9), 3, 4
 MASKS = 8

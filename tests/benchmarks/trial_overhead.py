@@ -23,7 +23,7 @@ import psutil
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from tests.benchmarks.measure import Neighbours, describe_machine
 from tests.trials_on_ray import Watched, run_trials
-from tuning.train_worker import Placement
+from tuning.execution.train_worker import Placement
 
 STAGES = ("process", "imports", "features", "training", "report and checkpoint", "end")
 MEANING = {
@@ -46,7 +46,7 @@ class Stamp:
         self.unpickled_s = time.time()
 
     def __call__(self, trial: Mapping[str, Any], model: Path, device: str) -> dict[str, Any]:
-        """What the trial's last result is to hold besides; see ``tuning.train_worker.Finish``."""
+        """What the trial's last result is to hold besides; see ``tuning.execution.train_worker.Finish``."""
         return {
             "process_s": psutil.Process().create_time(),
             "unpickled_s": self.unpickled_s,

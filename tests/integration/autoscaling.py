@@ -47,7 +47,7 @@ while True:
 """
 PLACE = """
 import json
-from tuning.capacity import cluster_capacity
+from tuning.execution.capacity import cluster_capacity
 from tuning.settings import SweepSettings
 from tuning.sweep import connect_ray, place
 connect_ray()

@@ -29,10 +29,10 @@ import optuna
 
 from tests.raw_folders import write_mvtec
 from tests.servers import ray_head
-from tuning.ledger import STUDIES_FILE, SweepLedger
-from tuning.sweep_lock import LOCK_FILE
+from tuning.champions.winner import TrialRecord
+from tuning.persistence.ledger import STUDIES_FILE, SweepLedger
+from tuning.persistence.sweep_lock import LOCK_FILE
 from tuning.tracking import MLflowTracker
-from tuning.winner import TrialRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 900.0

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tuning.tune_run
-from tuning import train_worker
-from tuning.train_worker import WorkerSetup
+import tuning.execution.tune_run
+from tuning.execution import train_worker
+from tuning.execution.train_worker import WorkerSetup
 
 MEMORY_BYTES = 100 * 2**20
 """What a trial may take beyond what it has when its fault begins; it then asks for four times as much."""
@@ -62,7 +62,7 @@ def main() -> None:
     def train(trial: dict[str, Any], setup: WorkerSetup) -> None:
         train_faultily(trial, setup, faults)
 
-    tuning.tune_run.train_in_trial = train
+    tuning.execution.tune_run.train_in_trial = train
     from tuning.cli import main as run
 
     run()

@@ -28,19 +28,19 @@ import ray
 from ray import tune
 
 from ssn.config import Config, flatten
-from tuning.ledger import STUDIES_FILE, SweepLedger
-from tuning.ledger_callback import LedgerCallback
-from tuning.progress import ProgressCallback
-from tuning.resume import close_runs, read_earlier
-from tuning.rungs import Rungs, rung_epochs
-from tuning.scheduler import MultiplexScheduler
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Choice, FloatRange
-from tuning.study_database import StudyDatabase
+from tuning.execution.weights import weights_key
+from tuning.persistence.ledger import STUDIES_FILE, SweepLedger
+from tuning.persistence.ledger_callback import LedgerCallback
+from tuning.persistence.resume import close_runs, read_earlier
+from tuning.persistence.study_database import StudyDatabase
+from tuning.reporting.progress import ProgressCallback
+from tuning.search.rungs import Rungs, rung_epochs
+from tuning.search.scheduler import MultiplexScheduler
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Choice, FloatRange
 from tuning.tracking import MLflowTracker, Sweep
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
-from tuning.weights import weights_key
 
 EPOCHS, GRACE, ETA, TRIALS = 9, 1, 3, 6
 WEIGHTS = {weights_key(Config().model): "weights"}

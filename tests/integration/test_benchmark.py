@@ -27,7 +27,7 @@ from ssn.predictor import Predictor
 from ssn.train_job import train
 from tests.raw_folders import write_mvtec
 from tests.tolerances import GOLDEN_ATOL, GOLDEN_RTOL
-from tuning.benchmark_results import ResultStore
+from tuning.benchmarking.results import ResultStore
 from tuning.tracking import MLflowTracker
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 
@@ -318,7 +318,7 @@ def test_champion_tuned_on_the_test_split_is_refused_before_anything_starts(outc
 
 def test_champions_are_found_for_the_category_and_never_made_of_a_benchmark(outcome: Outcome) -> None:
     from ssn.errors import SSNError
-    from tuning.champions import find_champion, promote
+    from tuning.champions.registry import find_champion, promote
 
     uri = outcome.tracker.tracking_uri
     champion = find_champion(uri, "tiny", "widget")

@@ -23,18 +23,18 @@ import ray
 from ray import tune
 
 from ssn.config import Config, flatten
-from tuning.budget import Budget
-from tuning.budget_stopper import BudgetStopper
-from tuning.progress import ProgressCallback
-from tuning.rungs import Rungs
-from tuning.scheduler import MultiplexScheduler
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import FloatRange
+from tuning.planning.budget import Budget
+from tuning.execution.budget_stopper import BudgetStopper
+from tuning.reporting.progress import ProgressCallback
+from tuning.search.rungs import Rungs
+from tuning.search.scheduler import MultiplexScheduler
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import FloatRange
 from tuning.sweep import connect_ray
 from tuning.tracking.callback import TrackerCallback
 from tuning.tracking.memory import MemoryTracker
 from tuning.tracking.protocol import Sweep
-from tuning.weights import weights_key
+from tuning.execution.weights import weights_key
 
 OUT = sys.argv[1]  # trials run in processes with arguments of their own
 connect_ray()

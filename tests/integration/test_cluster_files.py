@@ -24,7 +24,7 @@ import yaml
 from moto import mock_aws
 
 from tests.servers import KEY, SECRET, free_port, moto_s3, wait_for
-from tuning.capacity import from_autoscaling_config
+from tuning.execution.capacity import from_autoscaling_config
 
 # ray up never closes the file by which it takes its settings to the head
 pytestmark = [

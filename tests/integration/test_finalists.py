@@ -19,8 +19,8 @@ from ssn.data.ingest import ingest
 from ssn.data.manifest import Manifest
 from ssn.data.reader import open_search_data
 from tests.raw_folders import draw_image, draw_mask, write_image, write_mvtec
-from tuning.champions import ALIAS
-from tuning.report import leaderboard_from_runs
+from tuning.champions.registry import ALIAS
+from tuning.reporting.report import leaderboard_from_runs
 from tuning.tracking import MLflowTracker
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 from tuning.tracking.protocol import RunRecord

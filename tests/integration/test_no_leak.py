@@ -25,12 +25,12 @@ from ssn.config import Config, flatten
 from ssn.data.reader import TEST_FILE, SearchData, TestData, open_search_data, open_test_data
 from ssn.errors import SSNError
 from tests.planted_features import plant_features
-from tuning import feature_store, objective, train_worker
-from tuning.objective import TrialContext, run_trial
-from tuning.rungs import Rungs
+from tuning.execution import feature_store, objective, train_worker
+from tuning.execution.objective import TrialContext, run_trial
+from tuning.execution.train_worker import Placement, WorkerSetup
+from tuning.search.rungs import Rungs
 from tuning.settings import ObjectiveSettings
 from tuning.tracking.mlflow_tracker import default_tracking_uri
-from tuning.train_worker import Placement, WorkerSetup
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 4
@@ -46,12 +46,12 @@ from pathlib import Path
 
 import ray
 
-import tuning.tune_run
+import tuning.execution.tune_run
 from ssn.config import unflatten
 from tests.integration.test_no_leak import shuffle_test_labels, train_curiously
-from tuning.champions import load_trial_model
+from tuning.champions.registry import load_trial_model
 from tuning.settings import FinalistSettings, ResourceSettings, SearchSettings, SweepSettings
-from tuning.space_syntax import DEFAULT_SPACE
+from tuning.search.space_syntax import DEFAULT_SPACE
 from tuning.sweep import connect_ray, sweep
 from tuning.tracking import MLflowTracker
 
@@ -96,10 +96,10 @@ def run(tracking_uri):
 
 
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-train_in_trial = tuning.tune_run.train_in_trial
-tuning.tune_run.train_in_trial = train_curiously
+train_in_trial = tuning.execution.tune_run.train_in_trial
+tuning.execution.tune_run.train_in_trial = train_curiously
 said = {"before": run(tracking_uri)}
-tuning.tune_run.train_in_trial = train_in_trial
+tuning.execution.tune_run.train_in_trial = train_in_trial
 shuffle_test_labels(Path(data_uri) / "tiny" / "widget")
 # with a registry of its own: the champion that is there already would stay, and nothing be scored
 said["after"] = run(tracking_uri.replace("mlflow.db", "mlflow-after.db"))

@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 import pytest
 
-from tuning.ledger import STUDIES_FILE, SweepLedger
+from tuning.champions.winner import TrialRecord
+from tuning.persistence.ledger import STUDIES_FILE, SweepLedger
 from tuning.tracking import MLflowTracker
 from tuning.tracking.mlflow_tracker import default_tracking_uri
-from tuning.winner import TrialRecord
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, TRIALS, CATEGORIES = 9, 6, ("screw", "tile", "wood")

@@ -214,7 +214,7 @@ def test_champion_of_the_same_data_stays_unless_it_is_beaten(outcome: Outcome) -
 
 def test_registered_champion_scores_as_the_predictor(outcome: Outcome, tiny_data: Path, tmp_path: Path) -> None:
     from ssn.bundle import find_backbone
-    from tuning.champions import load_trial_model
+    from tuning.champions.registry import load_trial_model
 
     found = outcome.said["sweep"]["categories"]["gadget"]
     model = load_trial_model(found["run_id"], outcome.tracker.tracking_uri)

@@ -29,8 +29,8 @@ import ray
 
 from ssn.config import unflatten
 from tests.trials_on_ray import Watch, run_trials, train_workers
-from tuning.rungs import Rungs
-from tuning.train_worker import Placement
+from tuning.search.rungs import Rungs
+from tuning.execution.train_worker import Placement
 
 folder, data_uri = Path(sys.argv[1]), sys.argv[2]
 config = unflatten(json.loads((folder / "config.json").read_text()))

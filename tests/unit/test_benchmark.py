@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-import tuning.benchmark
+import tuning.benchmarking.benchmark
 import tuning.tracking
 from ssn.config import Config, flatten
 from ssn.data.ingest import ingest
@@ -19,9 +19,9 @@ from ssn.data.manifest import Manifest
 from ssn.errors import SSNError
 from tests.made_up_benchmark import ONE_CORE, REPORTED, FakeTrial
 from tests.raw_folders import write_mvtec
-from tuning.benchmark import ARTIFACT_FOLDER, BenchmarkResult, benchmark
-from tuning.benchmark_results import RESULTS_FOLDER
-from tuning.benchmark_score import ScoreOnTest
+from tuning.benchmarking.benchmark import ARTIFACT_FOLDER, BenchmarkResult, benchmark
+from tuning.benchmarking.results import RESULTS_FOLDER
+from tuning.benchmarking.score import ScoreOnTest
 from tuning.tracking import MemoryTracker
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
 
@@ -78,10 +78,10 @@ class Played:
 @pytest.fixture
 def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
     stage = Played(tmp_path)
-    monkeypatch.setattr(tuning.benchmark, "run_tune", stage.run_tune)
-    monkeypatch.setattr(tuning.benchmark, "connect_ray", lambda: None)
-    monkeypatch.setattr(tuning.benchmark, "place", lambda settings: ONE_CORE)
-    monkeypatch.setattr(tuning.benchmark, "load_weights_digest", lambda model: "d" * 64)
+    monkeypatch.setattr(tuning.benchmarking.benchmark, "run_tune", stage.run_tune)
+    monkeypatch.setattr(tuning.benchmarking.benchmark, "connect_ray", lambda: None)
+    monkeypatch.setattr(tuning.benchmarking.benchmark, "place", lambda settings: ONE_CORE)
+    monkeypatch.setattr(tuning.benchmarking.benchmark, "load_weights_digest", lambda model: "d" * 64)
     monkeypatch.setattr(tuning.tracking, "MLflowTracker", lambda uri, **options: stage.tracker)
     return stage
 

@@ -17,8 +17,8 @@ from ssn.data.sampling import supervised_subset
 from ssn.errors import SSNError
 from tests.made_up_benchmark import digest_of, make_info, plan_of
 from tests.raw_folders import write_mvtec
-from tuning.benchmark import check_tuning, common_protocol, cost_unit, describe_code, describe_settings
-from tuning.benchmark_plan import (
+from tuning.benchmarking.benchmark import check_tuning, common_protocol, cost_unit, describe_code, describe_settings
+from tuning.benchmarking.plan import (
     Configuration,
     Plan,
     Variant,
@@ -29,7 +29,7 @@ from tuning.benchmark_plan import (
     make_variants,
     read_configurations,
 )
-from tuning.champions import ChampionOrigin
+from tuning.champions.registry import ChampionOrigin
 
 DEFAULT = Configuration("default", "default", {})
 

@@ -12,7 +12,7 @@ import pytest
 from ssn.config import digest
 from ssn.errors import SSNError
 from tests.made_up_benchmark import make_info, plan_of, result_of
-from tuning.benchmark_results import FORMAT_VERSION, RESULTS_FOLDER, ResultStore
+from tuning.benchmarking.results import FORMAT_VERSION, RESULTS_FOLDER, ResultStore
 
 PLAN = plan_of([make_info()])
 RUN = PLAN.runs[0]

@@ -15,17 +15,17 @@ from ssn.config import flatten
 from ssn.data.reader import SearchData, open_test_data
 from tests.made_up_benchmark import ONE_CORE, REPORTED, FakeTrial, make_info, plan_of
 from tests.planted_features import CONFIG, plant_features
-from tuning.benchmark_plan import PlannedRun
-from tuning.benchmark_results import ResultStore
-from tuning.benchmark_runs import BenchmarkCallback, make_result
-from tuning.benchmark_score import ScoreOnTest, describe_hardware
-from tuning.fixed_runs import FixedRuns
-from tuning.objective import TrialContext, run_trial
-from tuning.progress import ProgressCallback
-from tuning.report import leaderboard_from_runs
+from tuning.benchmarking.plan import PlannedRun
+from tuning.benchmarking.results import ResultStore
+from tuning.benchmarking.runs import BenchmarkCallback, make_result
+from tuning.benchmarking.score import ScoreOnTest, describe_hardware
+from tuning.execution.objective import TrialContext, run_trial
+from tuning.execution.train_worker import MODEL_FOLDER, Placement, _finishing
+from tuning.reporting.progress import ProgressCallback
+from tuning.reporting.report import leaderboard_from_runs
+from tuning.search.fixed_runs import FixedRuns
 from tuning.tracking import MemoryTracker, Sweep
 from tuning.tracking.protocol import ALL_CATEGORIES, BENCHMARK_STAGE, TRIAL_MODEL_FILES, count_scores
-from tuning.train_worker import MODEL_FOLDER, Placement, _finishing
 
 PLAN = plan_of([make_info("bolt"), make_info("nut")], seeds=3)
 

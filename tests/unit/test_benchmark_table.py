@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ssn.errors import SSNError
 from tests.made_up_benchmark import make_info, plan_of, result_of, results_of
-from tuning.benchmark_plan import PlannedRun
-from tuning.benchmark_table import (
+from tuning.benchmarking.plan import PlannedRun
+from tuning.benchmarking.table import (
     METRICS,
     OVERALL,
     PAPER,

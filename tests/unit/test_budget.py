@@ -10,15 +10,15 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.errors import SSNError
 from ssn.loader import load_config
-from tuning.budget import Budget, parse_duration_s, share_trials
-from tuning.budget_stopper import BudgetStopper
-from tuning.search import CategorySearch, MultiplexSearcher
+from tuning.champions.winner import select_winner
+from tuning.execution.budget_stopper import BudgetStopper
+from tuning.execution.train_worker import Placement
+from tuning.execution.weights import weights_key
+from tuning.planning.budget import Budget, parse_duration_s, share_trials
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import FloatRange
 from tuning.settings import SweepSettings
-from tuning.space import FloatRange
 from tuning.sweep import check_budget
-from tuning.train_worker import Placement
-from tuning.weights import weights_key
-from tuning.winner import select_winner
 
 
 class Clock:

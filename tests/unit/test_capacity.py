@@ -15,8 +15,8 @@ import yaml
 
 from ssn.errors import SSNError
 from tests.servers import ray_head
-from tuning import capacity as module
-from tuning.capacity import (
+from tuning.execution import capacity as module
+from tuning.execution.capacity import (
     Capacity,
     NodeShape,
     check_fits,
@@ -265,7 +265,7 @@ def test_maximum_of_a_real_autoscaling_cluster_is_found(tmp_path: Path) -> None:
     options = ("--num-cpus=1", "--include-dashboard=false", f"--autoscaling-config={file}")
     with ray_head(log, environment, *options) as address:
         script = (
-            "import json, ray; from tuning.capacity import cluster_capacity\n"
+            "import json, ray; from tuning.execution.capacity import cluster_capacity\n"
             f"ray.init(address='{address}', log_to_driver=False, logging_level='ERROR')\n"
             "c = cluster_capacity(); print(json.dumps([c.total('CPU'), c.total('GPU'), c.source]))"
         )

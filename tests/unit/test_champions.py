@@ -22,7 +22,7 @@ from ssn.config import Config, DataConfig, ModelConfig, flatten
 from ssn.errors import SSNError
 from ssn.model import SuperSimpleNet
 from ssn.predictor import Predictor
-from tuning.champions import (
+from tuning.champions.registry import (
     ALIAS,
     ChampionVersion,
     Decision,

@@ -19,7 +19,7 @@ import ssn.console
 import tuning.cli
 from ssn.console import print_table, report_progress, run_app, write_csv, write_json
 from ssn.errors import SSNError
-from tuning.report import Leaderboard, LeaderboardRow
+from tuning.reporting.report import Leaderboard, LeaderboardRow
 from tuning.settings import SweepSettings
 
 ROOT = Path(__file__).resolve().parents[2]

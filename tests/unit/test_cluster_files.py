@@ -19,7 +19,7 @@ from jsonschema.exceptions import best_match
 from kubernetes import client
 from pydantic import BaseModel, ConfigDict
 
-from tuning.capacity import from_autoscaling_config, max_concurrent, use_gpu
+from tuning.execution.capacity import from_autoscaling_config, max_concurrent, use_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS, KUBERAY, DOCKERFILE = ROOT / "clusters/aws.yaml", ROOT / "clusters/kuberay.yaml", ROOT / "Dockerfile"

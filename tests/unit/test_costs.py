@@ -15,7 +15,11 @@ from ray.tune.schedulers import TrialScheduler
 
 from ssn.config import Config, flatten, unflatten
 from ssn.errors import SSNError
-from tuning.costs import (
+from tuning.champions.winner import TrialRecord, select_winner
+from tuning.execution.weights import weights_key
+from tuning.persistence.study_database import StudyDatabase
+from tuning.reporting.progress import summarise
+from tuning.search.costs import (
     check_against,
     excesses,
     is_feasible,
@@ -25,15 +29,11 @@ from tuning.costs import (
     shape_key,
     trial_cost,
 )
-from tuning.progress import summarise
-from tuning.rungs import Rungs
-from tuning.scheduler import MultiplexScheduler
-from tuning.search import CategorySearch, MultiplexSearcher
+from tuning.search.rungs import Rungs
+from tuning.search.scheduler import MultiplexScheduler
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Axis, CategorySpace, Choice, FloatRange
 from tuning.settings import ObjectiveSettings, SweepSettings
-from tuning.space import Axis, CategorySpace, Choice, FloatRange
-from tuning.study_database import StudyDatabase
-from tuning.weights import weights_key
-from tuning.winner import TrialRecord, select_winner
 
 EPOCHS = 9
 SIGMA, RATIO = "synthesis.noise_sigma", "train.supervision_ratio"

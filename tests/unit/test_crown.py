@@ -15,17 +15,17 @@ from ssn.config import Config, flatten
 from ssn.data.reader import SearchData, open_search_data
 from ssn.engine import Trainer
 from ssn.features import extract, prepare_backbone
-from tuning.champions import ALIAS
-from tuning.crown import Crowning
-from tuning.finalists import Finalist, Selection
-from tuning.ledger import SweepLedger
+from tuning.champions.crown import Crowning
+from tuning.champions.finalists import Finalist, Selection
+from tuning.champions.registry import ALIAS
+from tuning.champions.winner import TrialRecord
+from tuning.execution.train_worker import Placement
+from tuning.persistence.ledger import SweepLedger
+from tuning.reporting.sweep_result import CategoryResult
 from tuning.settings import ObjectiveSettings, SweepSettings
-from tuning.sweep_result import CategoryResult
 from tuning.tracking import MLflowTracker, Sweep, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri
 from tuning.tracking.protocol import RunRecord
-from tuning.train_worker import Placement
-from tuning.winner import TrialRecord
 
 
 class Factory:
@@ -141,7 +141,7 @@ def test_sweep_that_goes_on_scores_and_registers_nothing_twice(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the test split was asked, then again after the champion was registered."""
-    from tuning import crown
+    from tuning.champions import crown
 
     asked: list[bool] = []
     score = crown.score_champion

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ssn.errors import SSNError
-from tuning import feature_store
-from tuning.feature_store import LEASE_S, FeatureStore, get_features
+from tuning.execution import feature_store
+from tuning.execution.feature_store import LEASE_S, FeatureStore, get_features
 
 
 class Clock:

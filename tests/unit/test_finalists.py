@@ -12,11 +12,11 @@ import pytest
 
 from ssn.config import Config, flatten
 from ssn.errors import SSNError
-from tuning.finalists import Finalist, FinalistRun, plan_finalists, select_finalist
-from tuning.fixed_runs import FixedRuns
+from tuning.champions.finalists import Finalist, FinalistRun, plan_finalists, select_finalist
+from tuning.champions.winner import TrialRecord, rank_trials
+from tuning.search.fixed_runs import FixedRuns
 from tuning.settings import FinalistSettings
 from tuning.tracking.protocol import FINALIST_STAGE
-from tuning.winner import TrialRecord, rank_trials
 
 EPOCHS = 3
 BASE = flatten(Config()) | {"train.epochs": EPOCHS, "train.train_seed": 5}

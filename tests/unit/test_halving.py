@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tuning.halving import Halving
+from tuning.search.halving import Halving
 
 RUNGS, EPOCHS, ETA = (1, 3, 9), 27, 3
 Curve = Callable[[int], float]

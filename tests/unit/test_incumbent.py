@@ -12,7 +12,7 @@ from ssn.config import EvalConfig
 from ssn.data.reader import open_search_data, open_test_data
 from ssn.engine import TRAINED_ON
 from ssn.errors import SSNError
-from tuning.incumbent import (
+from tuning.champions.incumbent import (
     Incumbent,
     Rescored,
     compare_recorded,
@@ -25,7 +25,7 @@ from tuning.incumbent import (
     rescore,
     yardstick,
 )
-from tuning.objective import compute_objective
+from tuning.execution.objective import compute_objective
 from tuning.settings import ObjectiveSettings
 
 JUDGED_BY = yardstick(ObjectiveSettings(), EvalConfig())

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tuning.interrupt import StopFlag, stop_tune_in_order, terminate_as_interrupt
+from tuning.execution.interrupt import StopFlag, stop_tune_in_order, terminate_as_interrupt
 
 
 def test_a_copy_of_the_flag_has_not_been_told() -> None:

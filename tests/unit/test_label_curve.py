@@ -10,8 +10,16 @@ import pytest
 from PIL import Image
 
 from tests.made_up_benchmark import make_info, plan_of, results_of
-from tuning.benchmark_plan import PlannedRun
-from tuning.label_curve import LabelCurve, Point, curve_rows, draw_label_curve, make_curves, read_gain, sum_up
+from tuning.benchmarking.label_curve import (
+    LabelCurve,
+    Point,
+    curve_rows,
+    draw_label_curve,
+    make_curves,
+    read_gain,
+    sum_up,
+)
+from tuning.benchmarking.plan import PlannedRun
 
 OVERS = ["train.supervision_ratio=0,0.5,1", "train.weak_labels=drop,use"]
 

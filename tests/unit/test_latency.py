@@ -13,12 +13,12 @@ from ssn.backbone import load_backbone
 from ssn.config import Config, flatten
 from ssn.data.reader import SearchData, open_search_data
 from tests.planted_features import CONFIG, plant_features, with_train
-from tuning import latency
-from tuning.latency import MAX_RUNS, MIN_RUNS, WARM_UP_RUNS, measure_latency_ms
-from tuning.objective import TrialContext, run_trial
-from tuning.rungs import Rungs
+from tuning.execution import latency
+from tuning.execution.latency import MAX_RUNS, MIN_RUNS, WARM_UP_RUNS, measure_latency_ms
+from tuning.execution.objective import TrialContext, run_trial
+from tuning.execution.train_worker import _latency_ms
+from tuning.search.rungs import Rungs
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import _latency_ms
 
 
 class Clock:

@@ -12,8 +12,8 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.errors import SSNError
 from ssn.loader import load_config
+from tuning.search.space import FloatRange
 from tuning.settings import SearchSettings, SweepSettings
-from tuning.space import FloatRange
 
 
 def load_set(*sets: str) -> Config:

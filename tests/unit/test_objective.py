@@ -18,7 +18,7 @@ from ssn.data.reader import CategoryInfo, SearchData
 from ssn.errors import SSNError
 from ssn.features import CategoryFeatures
 from tests.planted_features import CONFIG, plant_features, with_train
-from tuning.objective import (
+from tuning.execution.objective import (
     TrialContext,
     check_objective,
     check_protocol,
@@ -26,7 +26,7 @@ from tuning.objective import (
     masks_available,
     run_trial,
 )
-from tuning.rungs import Rungs
+from tuning.search.rungs import Rungs
 from tuning.settings import ObjectiveMetric, ObjectiveSettings, SweepSettings
 from tuning.sweep import sweep
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from ssn.errors import SSNError
-from tuning.pareto import Point, contenders, hypervolume, knee, make_points, pareto_front
-from tuning.pareto_chart import front_csv, write_front
+from tuning.champions.winner import RecordState, TrialRecord, select_winner
+from tuning.search.pareto import Point, contenders, hypervolume, knee, make_points, pareto_front
+from tuning.search.pareto_chart import front_csv, write_front
 from tuning.settings import ObjectiveSettings
-from tuning.winner import RecordState, TrialRecord, select_winner
 
 EPOCHS = 9
 LABELS = ObjectiveSettings(against="labels")

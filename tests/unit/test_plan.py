@@ -17,16 +17,16 @@ from ssn.data.records import SEARCH_SPLITS
 from ssn.features import extract, prepare_backbone
 from ssn.loader import load_config
 from tests.made_up_benchmark import ONE_CORE, make_info
-from tuning import plan as module
-from tuning.calibrate import Calibration, Timing, calibrate, shape_of
-from tuning.capacity import Capacity, NodeShape
-from tuning.feature_sizes import MapSizes
-from tuning.plan import SweepPlan, draws_in_epoch, expected_epochs, make_plan, plan
-from tuning.plan_text import plan_lines, plan_table
-from tuning.rungs import Rungs
-from tuning.scheduler import MultiplexScheduler
+from tuning.execution.capacity import Capacity, NodeShape
+from tuning.execution.feature_sizes import MapSizes
+from tuning.execution.train_worker import Placement
+from tuning.planning import plan as module
+from tuning.planning.calibrate import Calibration, Timing, calibrate, shape_of
+from tuning.planning.plan import SweepPlan, draws_in_epoch, expected_epochs, make_plan, plan
+from tuning.planning.plan_text import plan_lines, plan_table
+from tuning.search.rungs import Rungs
+from tuning.search.scheduler import MultiplexScheduler
 from tuning.settings import SweepSettings
-from tuning.train_worker import Placement
 
 GB = 10**9
 TWO_CORES = Capacity((NodeShape({"CPU": 2.0, "memory": 16e9}, 1),), "this machine")
@@ -345,7 +345,7 @@ def test_calibration_trains_at_the_real_shape_on_a_few_images(tiny_data: Path, t
 
 
 def test_the_few_images_are_of_both_labels_and_counted(tiny_data: Path, tiny_config: Config) -> None:
-    from tuning.calibrate import NUM_IMAGES, _FewImages
+    from tuning.planning.calibrate import NUM_IMAGES, _FewImages
 
     data = open_search_data(str(tiny_data), "tiny", "widget")
     few = _FewImages(data)

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from ssn.config import Config, flatten
-from tuning.progress import (
+from tuning.execution.weights import weights_key
+from tuning.reporting.progress import (
     CategoryProgress,
     ProgressCallback,
     estimate_time_left_s,
@@ -19,9 +20,8 @@ from tuning.progress import (
     format_params,
     summarise,
 )
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import FloatRange
-from tuning.weights import weights_key
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import FloatRange
 
 EPOCHS = 9
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tuning.report import Leaderboard, LeaderboardRow, format_duration, leaderboard_from_runs
+from tuning.reporting.report import Leaderboard, LeaderboardRow, format_duration, leaderboard_from_runs
 from tuning.tracking import MemoryTracker, Sweep, TrialInfo
 from tuning.tracking.protocol import TRIAL_MODEL_FILES
 

@@ -13,9 +13,16 @@ from ssn.config import flatten
 from ssn.data.storage import resolve_uri
 from ssn.errors import SSNError
 from tests.unit.test_ledger import make_record
-from tuning import resume
-from tuning.ledger import SweepLedger
-from tuning.resume import check_unchanged, close_runs, describe_sweep, read_earlier, read_resumed, resume_command
+from tuning.persistence import resume
+from tuning.persistence.ledger import SweepLedger
+from tuning.persistence.resume import (
+    check_unchanged,
+    close_runs,
+    describe_sweep,
+    read_earlier,
+    read_resumed,
+    resume_command,
+)
 from tuning.settings import ResourceSettings, SearchSettings, SweepSettings
 from tuning.tracking import MemoryTracker, RunRecord, Sweep
 from tuning.tracking.protocol import TRIAL_MODEL_FILES

@@ -10,8 +10,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from ssn.errors import SSNError
-from tuning.rungs import Rungs, rung_epochs
-from tuning.scheduler import MultiplexScheduler
+from tuning.search.rungs import Rungs, rung_epochs
+from tuning.search.scheduler import MultiplexScheduler
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 

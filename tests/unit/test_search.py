@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from ssn.config import Config, flatten, trial_identity, unflatten
 from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.settings import SearchSettings, SweepSettings
-from tuning.space import (
+from tuning.champions.winner import TrialRecord, select_winner
+from tuning.execution.weights import weights_key
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import (
     AttainableRatio,
     Axis,
     Choice,
@@ -25,8 +26,7 @@ from tuning.space import (
     resolve_space,
     validate_space,
 )
-from tuning.weights import weights_key
-from tuning.winner import TrialRecord, select_winner
+from tuning.settings import SearchSettings, SweepSettings
 
 EPOCHS = 9
 SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"

@@ -11,11 +11,11 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.searches import EPOCHS, ETA, GRACE, RATIO, SIGMA, cut_short, make_search, play, quality, report
-from tuning.ledger import SweepLedger
-from tuning.rungs import Rungs
-from tuning.scheduler import MultiplexScheduler
-from tuning.search import MultiplexSearcher
-from tuning.winner import TrialRecord, select_winner
+from tuning.champions.winner import TrialRecord, select_winner
+from tuning.persistence.ledger import SweepLedger
+from tuning.search.rungs import Rungs
+from tuning.search.scheduler import MultiplexScheduler
+from tuning.search.searcher import MultiplexSearcher
 
 NAMES, TRIALS = "abc", 5
 
@@ -162,7 +162,7 @@ def test_search_can_be_pickled_with_a_database(tmp_path: Path) -> None:
     """Tune does so as a run begins."""
     import pickle
 
-    from tuning.study_database import StudyDatabase
+    from tuning.persistence.study_database import StudyDatabase
 
     database = StudyDatabase(f"sqlite:///{tmp_path}/studies.db")
     search = make_search("a", 2, database=database)

@@ -11,19 +11,26 @@ import pytest
 from ssn.config import Config, TrainConfig, flatten
 from ssn.errors import SSNError
 from tests.made_up_benchmark import make_info
-from tuning.feature_groups import shared_space
-from tuning.finalists import Finalist, FinalistRun, Selection
-from tuning.fixed_runs import FixedRuns
-from tuning.incumbent import Incumbent, Rescored, Verdict, compare_recorded, compare_rescored, yardstick
-from tuning.search import CategorySearch
+from tuning.champions.finalists import Finalist, FinalistRun, Selection
+from tuning.champions.incumbent import Incumbent, Rescored, Verdict, compare_recorded, compare_rescored, yardstick
+from tuning.champions.winner import TrialRecord
+from tuning.execution.weights import weights_key
+from tuning.reporting.shared_report import SharedComparison, SharedRow, compare_with_tuned
+from tuning.reporting.sweep_result import SHARED, CategoryResult
+from tuning.search.feature_groups import shared_space
+from tuning.search.fixed_runs import FixedRuns
+from tuning.search.searcher import CategorySearch
+from tuning.search.shared import (
+    ALL,
+    SharedSearcher,
+    goes_on,
+    make_shared_searcher,
+    plan_shared_finalists,
+    select_shared,
+)
 from tuning.settings import FinalistSettings, ObjectiveSettings, SearchSettings, SweepSettings
-from tuning.shared import ALL, SharedSearcher, goes_on, make_shared_searcher, plan_shared_finalists, select_shared
-from tuning.shared_report import SharedComparison, SharedRow, compare_with_tuned
-from tuning.sweep_result import SHARED, CategoryResult
 from tuning.tracking import MemoryTracker, Sweep
 from tuning.tracking.protocol import FINALIST_STAGE
-from tuning.weights import weights_key
-from tuning.winner import TrialRecord
 
 EPOCHS = 2
 RATIO, SIGMA = "train.supervision_ratio", "synthesis.noise_sigma"

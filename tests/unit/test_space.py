@@ -12,10 +12,10 @@ from ssn.data.sampling import attainable_ratios
 from ssn.errors import SSNError
 from ssn.loader import load_config
 from tests.made_up_benchmark import make_info
-from tuning.feature_groups import FEATURE_KEYS, category_space, enumerate_configs, models_of
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.settings import SearchSettings, SweepSettings
-from tuning.space import (
+from tuning.execution.weights import weights_key
+from tuning.search.feature_groups import FEATURE_KEYS, category_space, enumerate_configs, models_of
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import (
     RATIO_KEY,
     WEAK_KEY,
     AttainableRatio,
@@ -32,8 +32,8 @@ from tuning.space import (
     resolve_space,
     validate_space,
 )
-from tuning.space_syntax import parse_space
-from tuning.weights import weights_key
+from tuning.search.space_syntax import parse_space
+from tuning.settings import SearchSettings, SweepSettings
 
 RESNET, WIDE = "resnet18.tv_in1k", "wide_resnet50_2.tv_in1k"
 IS_JIMS = Condition("model.variant", "in", ("jims",))

@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 
 from ssn.errors import SSNError
 from tests.searches import EPOCHS, RATIO, SIGMA, WEAK, cut_short, make_search, play
-from tuning import study_database
-from tuning.study_database import StudyDatabase
-from tuning.winner import TrialRecord
+from tuning.champions.winner import TrialRecord
+from tuning.persistence import study_database
+from tuning.persistence.study_database import StudyDatabase
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ssn.errors import SSNError
-from tuning import sweep_lock
-from tuning.json_store import JsonStore
-from tuning.sweep_lock import GUARD_FILE, LOCK_FILE, STALE_S, SweepLock
+from tuning.persistence import sweep_lock
+from tuning.persistence.json_store import JsonStore
+from tuning.persistence.sweep_lock import GUARD_FILE, LOCK_FILE, STALE_S, SweepLock
 
 
 @pytest.fixture(params=["disk", "object store"])

@@ -14,12 +14,12 @@ from ssn.config import Config, flatten
 from ssn.data.reader import open_search_data
 from ssn.features import CachedSplit, CategoryFeatures
 from tests.tolerances import TRAINED_RTOL
-from tuning import objective, train_worker
-from tuning.feature_store import FeatureStore
-from tuning.objective import TrialContext, run_trial
+from tuning.execution import objective, train_worker
+from tuning.execution.feature_store import FeatureStore
+from tuning.execution.objective import TrialContext, run_trial
+from tuning.execution.train_worker import Placement, WorkerSetup
+from tuning.execution.weights import load_weights_digests, weights_key
 from tuning.settings import ObjectiveSettings
-from tuning.train_worker import Placement, WorkerSetup
-from tuning.weights import load_weights_digests, weights_key
 
 
 class Actor:

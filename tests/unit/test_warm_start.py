@@ -14,11 +14,11 @@ from ssn.config import Config, ModelConfig, SynthesisConfig, TrainConfig, flatte
 from ssn.data.reader import CategoryInfo
 from ssn.errors import SSNError
 from tests.planted_features import plant_features
-from tuning.champions import ChampionOrigin, NoChampionError
-from tuning.search import CategorySearch, MultiplexSearcher
-from tuning.space import Axis, CategorySpace, Choice, Condition, FloatRange, Follows, IntRange
-from tuning.tracking import RunRecord
-from tuning.warm_start import (
+from tuning.champions.registry import ChampionOrigin, NoChampionError
+from tuning.execution.weights import weights_key
+from tuning.search.searcher import CategorySearch, MultiplexSearcher
+from tuning.search.space import Axis, CategorySpace, Choice, Condition, FloatRange, Follows, IntRange
+from tuning.search.warm_start import (
     MAX_TRANSFERS,
     Start,
     Transfers,
@@ -29,7 +29,7 @@ from tuning.warm_start import (
     read_transfers,
     transfer_is_due,
 )
-from tuning.weights import weights_key
+from tuning.tracking import RunRecord
 
 EPOCHS = 9
 SIGMA, THRESHOLD, RATIO = "synthesis.noise_sigma", "synthesis.perlin_threshold", "train.supervision_ratio"

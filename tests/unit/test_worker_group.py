@@ -10,9 +10,9 @@ from ray import train
 
 from ssn.errors import SSNError
 from tuning import sweep
-from tuning.capacity import Capacity, NodeShape
+from tuning.execution.capacity import Capacity, NodeShape
+from tuning.execution.train_worker import MODEL_FOLDER, Placement, _reporter
 from tuning.settings import ResourceSettings, SearchSettings, SweepSettings
-from tuning.train_worker import MODEL_FOLDER, Placement, _reporter
 
 
 class Api:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
-from tuning.interrupt import StopFlag
+from tuning.execution.interrupt import StopFlag
 from tuning.tracking.protocol import STOP_PATIENCE_S, Sweep, Tracker, TrialInfo
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def reached_last_epoch(trial: Trial) -> bool:
 
 
 def reported_failure(trial: Trial) -> str | None:
-    """Why a trial ended itself, in one line; None if it did not. See :func:`tuning.train_worker.train_in_trial`."""
+    """Why a trial ended itself, in one line; None if it did not. See ``train_in_trial``."""
     failure: str | None = trial.last_result.get("failure")
     return failure
 

@@ -1,0 +1,1 @@
+"""Fixed settings over categories and seeds, scored on test."""

@@ -1,0 +1,1 @@
+"""From a category's trials to its registered model."""

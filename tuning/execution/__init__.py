@@ -1,0 +1,1 @@
+"""Trials on Ray: placed, fed with features, trained."""

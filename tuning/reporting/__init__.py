@@ -1,0 +1,1 @@
+"""What a sweep tells its user, while it runs and afterwards."""
