@@ -102,6 +102,8 @@ def run_tune(
     import ray
     from ray import tune
 
+    from tuning.execution.worker_group import reservation
+
     storage_path, storage_filesystem = storage
     used = features or share_features(name)
     setup = WorkerSetup(
@@ -122,7 +124,10 @@ def run_tune(
             {name.lower(): amount for name, amount in placement.per_worker.items()},
         )
     else:
-        trainable = tune.with_resources(tune.with_parameters(train_in_worker_group, setup=setup), {"cpu": DRIVER_CPU})
+        trainable = tune.with_resources(
+            tune.with_parameters(train_in_worker_group, setup=setup),
+            reservation({"CPU": DRIVER_CPU}, placement.per_worker, placement.num_workers),
+        )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
