@@ -209,9 +209,9 @@ def max_concurrent(
 ) -> int:
     """How many trials can run at once, each with all of its workers, wherever Ray puts their drivers.
 
-    With Ray Train workers, a trial is a driver of :data:`DRIVER_CPU` that may land on any node, and workers. A node whose
-    CPUs the workers would fill exactly loses a worker to each driver that gets there first, so the count allows for the
-    worst placement: further trials would be started only to wait for their reservation.
+    With Ray Train workers, a trial is a driver of :data:`DRIVER_CPU`, which may land on any node, and workers. A node
+    whose CPUs the workers would fill exactly loses a worker to each driver that gets there first, so the count allows
+    for the worst placement: further trials would be started only to wait for their reservation.
 
     Args:
         capacity: Of the whole cluster at its largest.
