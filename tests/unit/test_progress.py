@@ -264,6 +264,12 @@ def test_time_left(
     assert estimate_time_left_s(board, durations_s, concurrency) == expected
 
 
+def test_time_between_trials_counts_too() -> None:
+    board = [progress(10, 0, 4)]
+    assert estimate_time_left_s(board, [1.0], 2, pace_s=5.0) == 30.0
+    assert estimate_time_left_s(board, [20.0], 2, pace_s=5.0) == 60.0
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (5940, "99 min"), (11100, "3 h 05 min")]
 )

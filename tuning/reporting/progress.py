@@ -63,18 +63,25 @@ def summarise(category: str, expected: int, records: Sequence[TrialRecord]) -> C
 
 
 def estimate_time_left_s(
-    board: Sequence[CategoryProgress], durations_s: Sequence[float], concurrency: int
+    board: Sequence[CategoryProgress], durations_s: Sequence[float], concurrency: int, pace_s: float | None = None
 ) -> float | None:
     """Seconds until the sweep ends; None while no trial has ended.
 
     The mean over all that ended counts, pruned trials included, since as many of those to come will be pruned; running
-    trials count as half done.
+    trials count as half done. What passes between trials shows in the pace alone, so the longer of the two counts.
+
+    Args:
+        board: Every category.
+        durations_s: Of the trials that ended.
+        concurrency: Most trials at once.
+        pace_s: From one trial's end to the next's, since the first that ended; None: not known yet.
     """
     if not durations_s:
         return None
     running = sum(c.running for c in board)
     waiting = sum(max(0, c.expected - c.ended - c.running) for c in board)
-    return (waiting + running / 2) * statistics.fmean(durations_s) / max(1, min(concurrency, waiting + running))
+    trials = waiting + running / 2
+    return trials * max(statistics.fmean(durations_s) / max(1, min(concurrency, waiting + running)), pace_s or 0.0)
 
 
 def format_duration(seconds: float) -> str:
@@ -123,6 +130,8 @@ class ProgressCallback(Callback):
         self._live: Live | None = None
         self._announced: set[str] = set()
         self._waiting = 0
+        self._earlier = 0
+        self._first: tuple[float, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None, "_console": None, "_started_s": None, "_shown_s": float("-inf")}
@@ -131,7 +140,9 @@ class ProgressCallback(Callback):
         """Start the clock; categories that ended before a resume are not announced again."""
         logging.getLogger("ray.tune.tune").addFilter(_is_news)
         self._started_s = self._clock()
-        self._announced = {c.category for c in self._board() if c.done}
+        board = self._board()
+        self._announced = {c.category for c in board if c.done}
+        self._earlier = sum(c.ended for c in board)
         if self._console is None:
             self._console = Console(stderr=True)
         if self._console.is_terminal:
@@ -206,7 +217,7 @@ class ProgressCallback(Callback):
     def _summary(self, board: Sequence[CategoryProgress], now: float) -> str:
         durations_s = [r.duration_s for r in self._searcher.records() if r.state != "running" and r.epoch > 0]
         concurrency = self._searcher.max_concurrent or sum(c.expected for c in board)
-        left_s = estimate_time_left_s(board, durations_s, concurrency)
+        left_s = estimate_time_left_s(board, durations_s, concurrency, self._pace_s(now, sum(c.ended for c in board)))
         elapsed_s = now - (now if self._started_s is None else self._started_s)
         parts = [
             f"{sum(c.ended for c in board)}/{sum(c.expected for c in board)} {'trials' if self._ranked else 'runs'}",
@@ -221,6 +232,15 @@ class ProgressCallback(Callback):
         if left_s:
             parts.append(f"about {format_duration(left_s)} left")
         return ", ".join(parts)
+
+    def _pace_s(self, now: float, ended: int) -> float | None:
+        """Seconds a trial since the first that ended here; what came before it, the start of processes, comes once."""
+        if self._first is None:
+            if ended > self._earlier:
+                self._first = now, ended
+            return None
+        since_s, before = self._first
+        return (now - since_s) / (ended - before) if ended > before else None
 
     def _print(self, line: str) -> None:
         assert self._console is not None
