@@ -33,6 +33,8 @@ BIN = Path(sys.executable).parent
 SHARDS, RUNS = "s3://factory/shards", "s3://factory/runs"
 TOKEN = "a-token-for-tests-and-nothing-else-0123456789abcdef"
 STOP_WAIT_S = 60
+AGENT_TIMEOUT_S = 60.0
+"""Until a head that just started takes jobs."""
 SETTINGS = (
     *("model.backbone=resnet18", "model.weights=random", "model.layers=[1,2]"),
     *("model.seg_channels=16", "model.cls_channels=4", "data.image_size=[32,48]"),
@@ -57,24 +59,33 @@ class Cluster:
     s3: str
     env: dict[str, str]
 
-    def command(self, *words: str, cwd: Path = ROOT, check: bool = True) -> str:
-        """Run a command to its end; what it printed."""
-        done = subprocess.run(
+    def run(self, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; standard output has what it said on either."""
+        return subprocess.run(
             words, cwd=cwd, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
+
+    def command(self, *words: str, cwd: Path = ROOT, check: bool = True) -> str:
+        """Run a command to its end; what it printed."""
+        done = self.run(*words, cwd=cwd)
         assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
         return done.stdout
 
-    def submit(self, name: str, *options: str, submit: tuple[str, ...] = (), check: bool = True) -> str:
+    def submit(self, name: str, *options: str, submit: tuple[str, ...] = ()) -> str:
         """``ray job submit`` of a sweep from the checkout; what it printed."""
-        return self.command(
+        words = (
             *("ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--submission-id", name),
             *submit,
             *("--", "python", "-m", "tuning", "sweep", "tiny", "--data", SHARDS, "--out", RUNS),
             *(word for setting in SETTINGS for word in ("--set", setting)),
             *options,
-            check=check,
         )
+        done, deadline = self.run(*words), time.monotonic() + AGENT_TIMEOUT_S
+        while "No available agent to submit job" in done.stdout and time.monotonic() < deadline:
+            time.sleep(1)
+            done = self.run(*words)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
+        return done.stdout
 
     def runs(self, sweep_of_job: str) -> list[Any]:
         """MLflow's runs of the sweep that a job started."""
