@@ -108,8 +108,8 @@ def missing_labels(config: Config, info: CategoryInfo) -> str | None:
 
 
 class _AdamW(torch.optim.AdamW):
-    """PyTorch's, without the wrappers that keep ``torch.compile`` out of it and import it for that: 4 s
-    of every process in which something is trained. What they wrap is left as it is."""
+    """PyTorch's, without the wrappers that keep ``torch.compile`` out of it and import it for that: 4 s of
+    every process in which something is trained. What they wrap is left as it is."""
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
     state_dict = torch.optim.Optimizer.state_dict.__wrapped__  # type: ignore[attr-defined]

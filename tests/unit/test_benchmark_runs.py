@@ -178,7 +178,9 @@ def test_benchmark_has_one_parent_that_no_leaderboard_shows(tmp_path: Path) -> N
 
 
 def test_callback_crosses_process_borders(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Tracked(tmp_path).callback)).store.benchmark_id()
+    callback = Tracked(tmp_path).callback
+    crossed = pickle.loads(pickle.dumps(callback))
+    assert crossed.store.benchmark_id() == callback.store.benchmark_id()
 
 
 def test_workers_and_gpus_cost() -> None:

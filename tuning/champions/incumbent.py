@@ -192,7 +192,7 @@ def favour_cheaper(category: str, verdict: Verdict, objective: ObjectiveSettings
         return verdict
     than = "a cost that was not recorded" if known is None else f"{known:g}"
     reason = (
-        f"{category}: {verdict.incumbent.title} has the higher objective, but this sweep's knee has a {name} of "
+        f"{category}: {verdict.incumbent.title} is as good or better, but this sweep's knee has a {name} of "
         f"{cost:g} instead of {than}, and takes its place"
     )
     return replace(verdict, promoted=True, reason=reason)

@@ -134,7 +134,8 @@ class ProgressCallback(Callback):
         self._first: tuple[float, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_live": None, "_console": None, "_started_s": None, "_shown_s": float("-inf")}
+        clocks = {"_started_s": None, "_shown_s": float("-inf"), "_first": None}
+        return self.__dict__ | {"_live": None, "_console": None, **clocks}
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Start the clock; categories that ended before a resume are not announced again."""
