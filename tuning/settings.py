@@ -63,7 +63,7 @@ class SearchSettings:
     """Most trials of all categories together; None: ``trials`` of each."""
     time_budget: str | None = None
     """Of the search, such as ``2h`` or ``90m``: trials that still run are stopped then, and champions are chosen among
-    the complete ones."""
+    the complete ones. A resumed sweep goes on with what is left of it."""
     max_gpu_hours: float | None = None
     """GPUs held times hours, over all trials; past it, as past the time budget."""
     storage: str | None = None

@@ -164,7 +164,12 @@ def sweep(
             weights_digests=weights_digests,
             features_fit=check_features(spaces, data),
             placement=placement,
-            stopper=BudgetStopper(settings.budget(), gpus_per_trial=placement.gpus_per_trial),
+            stopper=BudgetStopper(
+                settings.budget(),
+                gpus_per_trial=placement.gpus_per_trial,
+                spent_s=0.0 if resumed is None else ledger.read_spent(),
+                note=ledger.write_spent,
+            ),
             out=out,
             ledger=ledger,
             tags=environment_tags(),
@@ -693,6 +698,7 @@ class _Run:
             num_to_keep=None,  # the ledger's callback removes them
             features=features,
         )
+        self.stopper.note_spent()
 
     def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:
         """A shared search's models with those that were tuned by category; None for any other search."""

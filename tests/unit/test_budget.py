@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from ssn.config import Config, flatten
 from ssn.errors import SSNError
 from ssn.loader import load_config
 from tuning.champions.winner import select_winner
-from tuning.execution.budget_stopper import BudgetStopper
+from tuning.execution.budget_stopper import NOTE_PERIOD_S, BudgetStopper
 from tuning.execution.train_worker import Placement
 from tuning.execution.weights import weights_key
+from tuning.persistence.ledger import SweepLedger
 from tuning.planning.budget import Budget, parse_duration_s, share_trials
 from tuning.search.searcher import CategorySearch, MultiplexSearcher
 from tuning.search.space import FloatRange
@@ -111,14 +113,53 @@ def test_nothing_ends_without_a_budget() -> None:
     assert not stopper.stop_all()
 
 
-def test_a_copy_keeps_the_hours_and_starts_its_time_anew() -> None:
-    stopper = BudgetStopper(Budget(time_budget="1m", max_gpu_hours=2), gpus_per_trial=1)
+def test_a_copy_keeps_what_was_spent() -> None:
+    clock = Clock()
+    stopper = BudgetStopper(Budget(time_budget="1m", max_gpu_hours=2), gpus_per_trial=1, clock=clock)
     stopper.stop_all()
+    clock.now_s += 40
     stopper("a", {"time_total_s": 3600.0})
     copy = pickle.loads(pickle.dumps(stopper))
-    assert copy._begun_s is None
     assert not copy.stop_all()
+    assert copy.spent_s() == 40
     assert copy.gpu_hours() == 1
+
+
+def test_time_goes_on_from_what_earlier_drivers_spent(tmp_path: Path) -> None:
+    ledger = SweepLedger.open(tmp_path, "a-sweep")
+    assert ledger.read_spent() == 0
+    clock = Clock()
+    first = BudgetStopper(Budget(time_budget="2m"), gpus_per_trial=0, note=ledger.write_spent, clock=clock)
+    assert not first.stop_all()
+    clock.now_s += NOTE_PERIOD_S
+    assert not first.stop_all()
+    clock.now_s += NOTE_PERIOD_S - 1  # not noted before the driver dies
+    assert not first.stop_all()
+    assert ledger.read_spent() == NOTE_PERIOD_S
+
+    spent_s = ledger.read_spent()
+    second = BudgetStopper(
+        Budget(time_budget="2m"), gpus_per_trial=0, spent_s=spent_s, note=ledger.write_spent, clock=clock
+    )
+    clock.now_s += 1000  # between the drivers, and until Tune asks
+    assert not second.stop_all()
+    clock.now_s += 7
+    second.note_spent()  # an interrupt
+    assert ledger.read_spent() == spent_s + 7
+    clock.now_s += 120 - spent_s - 7
+    assert second.stop_all()
+    assert second.ended_by == "search.time_budget=2m"
+
+
+def test_no_time_is_noted_without_a_time_budget() -> None:
+    clock = Clock()
+    noted: list[float] = []
+    stopper = BudgetStopper(Budget(max_gpu_hours=1), gpus_per_trial=1, note=noted.append, clock=clock)
+    stopper.stop_all()
+    clock.now_s += 1000
+    stopper.stop_all()
+    stopper.note_spent()
+    assert noted == []
 
 
 # The search.

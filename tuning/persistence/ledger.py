@@ -129,6 +129,23 @@ class SweepLedger:
         content = self.files.read(f"ended/{stage}.json", version=FORMAT_VERSION)
         return None if content is None else str(content["ended_by"])
 
+    def write_spent(self, seconds: float) -> None:
+        """Keep how much of its time budget the sweep has spent.
+
+        Raises:
+            SSNError: the store cannot be written to.
+        """
+        self.files.write("spent.json", {"time_s": seconds}, version=FORMAT_VERSION)
+
+    def read_spent(self) -> float:
+        """What :meth:`write_spent` kept, in seconds; 0: nothing.
+
+        Raises:
+            SSNError: the store cannot be read.
+        """
+        content = self.files.read("spent.json", version=FORMAT_VERSION)
+        return 0.0 if content is None else float(content["time_s"])
+
     def write_score(self, category: str, trial_key: str, score: ChampionScore) -> None:
         """Keep what the test split said of a trial's model, so that it is asked once.
 
