@@ -9,7 +9,9 @@ import pytest
 
 from ssn.errors import SSNError
 from tuning.execution import feature_store
-from tuning.execution.feature_store import LEASE_S, FeatureStore, get_features
+from tuning.execution.feature_store import LEASE_S, WAITING_S, Asker, FeatureStore, get_features
+
+HERE = Asker("here", 1)
 
 
 class Clock:
@@ -35,79 +37,96 @@ def store(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
 
 
 def test_first_to_ask_builds_and_the_others_wait(store: FeatureStore) -> None:
-    assert store.acquire("a") is True
-    assert store.acquire("a") is False
-    assert store.acquire("b") is True, "other features are another matter"
+    assert store.acquire("a", HERE) is True
+    assert store.acquire("a", HERE) is False
+    assert store.acquire("b", HERE) is True, "other features are another matter"
     refs = store.put("a", "features of a", 10)
     assert refs == [("ref", "features of a")]
-    assert store.acquire("a") == refs
-    assert store.acquire("b") is False
+    assert store.acquire("a", HERE) == refs
+    assert store.acquire("b", HERE) is False
 
 
 def test_silent_builder_loses_its_lease(store: FeatureStore, clock: Clock) -> None:
-    assert store.acquire("a") is True
+    assert store.acquire("a", HERE) is True
     clock.now_s += LEASE_S - 1
-    assert store.acquire("a") is False
+    assert store.acquire("a", HERE) is False
     clock.now_s += 2
-    assert store.acquire("a") is True
-    assert store.acquire("a") is False, "the second builder has a lease of its own"
+    assert store.acquire("a", HERE) is True
+    assert store.acquire("a", HERE) is False, "the second builder has a lease of its own"
 
 
 def test_builder_that_reports_keeps_its_lease(store: FeatureStore, clock: Clock) -> None:
-    store.acquire("a")
+    store.acquire("a", HERE)
     for _ in range(5):
         clock.now_s += LEASE_S - 1
-        store.renew("a")
-        assert store.acquire("a") is False
+        store.renew("a", HERE)
+        assert store.acquire("a", HERE) is False
     clock.now_s += LEASE_S + 1
-    assert store.acquire("a") is True
+    assert store.acquire("a", HERE) is True
 
 
 def test_released_lease_is_free_at_once(store: FeatureStore) -> None:
-    store.acquire("a")
+    store.acquire("a", HERE)
     store.release("a")
-    assert store.acquire("a") is True
+    assert store.acquire("a", HERE) is True
+
+
+def test_builder_hears_who_waits_on_its_node(store: FeatureStore, clock: Clock) -> None:
+    store.acquire("a", HERE)
+    assert store.renew("a", HERE) == 0
+    for other in (Asker("here", 2), Asker("here", 2), Asker("here", 3), Asker("there", 2)):
+        assert store.acquire("a", other) is False
+    assert store.acquire("b", Asker("here", 4)) is True, "builds something else"
+    assert store.renew("a", HERE) == 2
+    assert store.renew("a", Asker("there", 1)) == 1
+    clock.now_s += WAITING_S / 2
+    store.acquire("a", Asker("here", 3))
+    clock.now_s += WAITING_S / 2
+    assert store.renew("a", HERE) == 1, "one has died"
+    clock.now_s += LEASE_S
+    assert store.acquire("a", Asker("here", 3)) is True
+    assert store.renew("a", Asker("here", 3)) == 0, "who builds does not wait"
 
 
 def test_late_builder_shares_what_another_has_put(store: FeatureStore, clock: Clock) -> None:
     """It was taken for dead; its copy is dropped, so that all trials read one."""
-    store.acquire("a")
+    store.acquire("a", HERE)
     clock.now_s += LEASE_S + 1
-    store.acquire("a")
+    store.acquire("a", HERE)
     first = store.put("a", "from the second builder", 10)
     assert store.put("a", "from the first builder", 10) is first
-    assert store.acquire("a") == [("ref", "from the second builder")]
+    assert store.acquire("a", HERE) == [("ref", "from the second builder")]
 
 
 def test_least_recently_used_features_are_dropped_beyond_the_budget(store: FeatureStore) -> None:
     for key in "abc":
-        store.acquire(key)
+        store.acquire(key, HERE)
         store.put(key, key, 30)
-    assert store.acquire("a") == [("ref", "a")]  # now b is the oldest
-    store.acquire("d")
+    assert store.acquire("a", HERE) == [("ref", "a")]  # now b is the oldest
+    store.acquire("d", HERE)
     store.put("d", "d", 30)
-    assert [key for key in "acd" if isinstance(store.acquire(key), list)] == ["a", "c", "d"]
-    assert store.acquire("b") is True, "to be computed again"
+    assert [key for key in "acd" if isinstance(store.acquire(key, HERE), list)] == ["a", "c", "d"]
+    assert store.acquire("b", HERE) is True, "to be computed again"
 
 
 def test_features_that_fill_the_budget_push_out_all_others(store: FeatureStore) -> None:
     for key in "ab":
-        store.acquire(key)
+        store.acquire(key, HERE)
         store.put(key, key, 40)
-    store.acquire("c")
+    store.acquire("c", HERE)
     assert store.put("c", "c", 100) == [("ref", "c")]
-    assert store.acquire("c") == [("ref", "c")]
-    assert store.acquire("a") is True
-    assert store.acquire("b") is True
+    assert store.acquire("c", HERE) == [("ref", "c")]
+    assert store.acquire("a", HERE) is True
+    assert store.acquire("b", HERE) is True
 
 
 def test_dropping_spares_builders_at_work(store: FeatureStore) -> None:
-    store.acquire("building")
+    store.acquire("building", HERE)
     for key in "ab":
-        store.acquire(key)
+        store.acquire(key, HERE)
         store.put(key, key, 60)
-    assert store.acquire("building") is False
-    store.renew("building")
+    assert store.acquire("building", HERE) is False
+    store.renew("building", HERE)
 
 
 class Actor:
@@ -141,7 +160,7 @@ def test_features_are_built_once(actor: Actor) -> None:
     built = Built()
     budgets: list[int] = []
 
-    def build(budget_bytes: int, alive: Callable[[], None]) -> Any:
+    def build(budget_bytes: int, alive: Callable[[], int]) -> Any:
         budgets.append(budget_bytes)
         alive()
         return built
@@ -152,7 +171,7 @@ def test_features_are_built_once(actor: Actor) -> None:
 
 
 def test_builder_that_fails_leaves_the_next_one_its_turn(actor: Actor) -> None:
-    def fail(budget_bytes: int, alive: Callable[[], None]) -> Any:
+    def fail(budget_bytes: int, alive: Callable[[], int]) -> Any:
         raise SSNError("no such image")
 
     with pytest.raises(SSNError, match="no such image"):
@@ -163,7 +182,7 @@ def test_builder_that_fails_leaves_the_next_one_its_turn(actor: Actor) -> None:
 def test_waiting_trial_asks_until_the_builder_is_done(
     actor: Actor, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.acquire("a")
+    store.acquire("a", HERE)
     polls: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -179,7 +198,7 @@ def test_waiting_trial_asks_until_the_builder_is_done(
 def test_waiting_trial_takes_over_from_a_dead_builder(
     actor: Actor, store: FeatureStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.acquire("a")
+    store.acquire("a", HERE)
 
     def sleep(seconds: float) -> None:
         clock.now_s += LEASE_S / 2

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ssn.backbone import load_backbone
+from ssn import features as features_module
 from ssn.config import Config, flatten
 from ssn.data.reader import open_search_data
 from ssn.features import CachedSplit, CategoryFeatures
@@ -18,7 +20,7 @@ from tuning.execution import objective, train_worker
 from tuning.execution.feature_store import FeatureStore
 from tuning.execution.objective import TrialContext, run_trial
 from tuning.execution.train_worker import Placement, WorkerSetup
-from tuning.execution.weights import load_weights_digests, weights_key
+from tuning.execution.weights import load_weights_digests
 from tuning.settings import ObjectiveSettings
 
 
@@ -52,6 +54,23 @@ class FakeRay:
         return answer
 
 
+def set_up(tiny_data: Path, configs: Sequence[Config]) -> WorkerSetup:
+    """Of trials on one CPU each."""
+    context = TrialContext(
+        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rungs=None
+    )
+    return WorkerSetup(
+        contexts={"widget": context},
+        data_uri=str(tiny_data),
+        weights_digests=load_weights_digests(config.model for config in configs),
+        store_name="features",
+        namespace="sweep",
+        placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),
+        storage_path="",
+        storage_filesystem=None,
+    )
+
+
 def run(
     tiny_data: Path, config: Config, monkeypatch: pytest.MonkeyPatch, *, budget_bytes: int
 ) -> tuple[CategoryFeatures, list[dict[str, Any]]]:
@@ -61,29 +80,17 @@ def run(
     fake = FakeRay(FeatureStore(budget_bytes))
     for name in ("get_actor", "put", "get"):
         monkeypatch.setattr(ray, name, getattr(fake, name))
-    context = TrialContext(
-        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rungs=None
-    )
-    setup = WorkerSetup(
-        contexts={"widget": context},
-        data_uri=str(tiny_data),
-        weights_digests={weights_key(config.model): load_backbone(config.model).digest},
-        store_name="features",
-        namespace="sweep",
-        placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),
-        storage_path="",
-        storage_filesystem=None,
-    )
+    setup = set_up(tiny_data, [config])
     trial = {"trial_key": "k", "category": "widget", "index": 0, "config": flatten(config)}
-    first = train_worker._load_features(trial, setup, context, "cpu")
+    first = train_worker._load_features(trial, setup, setup.contexts["widget"], "cpu")
     with monkeypatch.context() as second:
         second.setattr(objective, "prepare_features", lambda *a, **k: pytest.fail("built twice"))
-        features = train_worker._load_features(trial, setup, context, "cpu")
+        features = train_worker._load_features(trial, setup, setup.contexts["widget"], "cpu")
     assert features.source == first.source
     results: list[dict[str, Any]] = []
     run_trial(
         trial,
-        context,
+        setup.contexts["widget"],
         features,
         report=lambda result, save: results.append(result),
         resume_from=None,
@@ -117,19 +124,7 @@ def test_trials_of_one_category_with_other_backbones_have_other_features(
         replace(tiny_config, model=replace(tiny_config.model, layers=layers), data=replace(tiny_config.data, **data))
         for layers, data in (((1, 2), {}), ((2, 3), {}), ((2, 3), {"image_size": (32, 32)}), ((1, 2), {}))
     ]
-    context = TrialContext(
-        data=open_search_data(str(tiny_data), "tiny", "widget"), objective=ObjectiveSettings(), rungs=None
-    )
-    setup = WorkerSetup(
-        contexts={"widget": context},
-        data_uri=str(tiny_data),
-        weights_digests=load_weights_digests(config.model for config in configs),
-        store_name="features",
-        namespace="sweep",
-        placement=Placement(num_workers=0, use_gpu=False, cpus=1.0, gpus=0.0),
-        storage_path="",
-        storage_filesystem=None,
-    )
+    setup = set_up(tiny_data, configs)
     assert len(setup.weights_digests) == 2
     built: list[Any] = []
     build = objective.prepare_features
@@ -137,7 +132,7 @@ def test_trials_of_one_category_with_other_backbones_have_other_features(
     shapes = []
     for config in configs:
         trial = {"trial_key": "k", "category": "widget", "index": 0, "config": flatten(config)}
-        features = train_worker._load_features(trial, setup, context, "cpu")
+        features = train_worker._load_features(trial, setup, setup.contexts["widget"], "cpu")
         assert isinstance(features.train, CachedSplit)
         shapes.append([m.shape[1:] for m in features.train.maps_VhwC])
     assert shapes == [
@@ -147,3 +142,28 @@ def test_trials_of_one_category_with_other_backbones_have_other_features(
         [(8, 12, 64), (4, 6, 128)],
     ]
     assert len(built) == 3
+
+
+def test_features_are_computed_on_the_cpus_of_those_who_wait(
+    tiny_data: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    store = FeatureStore(10**9)
+    monkeypatch.setattr(store, "renew", lambda key, asker: 2)
+    fake = FakeRay(store)
+    for name in ("get_actor", "put", "get"):
+        monkeypatch.setattr(ray, name, getattr(fake, name))
+    setup = set_up(tiny_data, [tiny_config])
+    threads: list[int] = []
+    run_backbone = features_module.run_backbone
+
+    def noting(*arguments: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return run_backbone(*arguments)
+
+    monkeypatch.setattr(features_module, "run_backbone", noting)
+    trial = {"trial_key": "k", "category": "widget", "index": 0, "config": flatten(tiny_config)}
+    train_worker._load_features(trial, setup, setup.contexts["widget"], "cpu")
+    assert threads[-1] == 3
+    assert torch.get_num_threads() == 1

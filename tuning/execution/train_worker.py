@@ -245,14 +245,20 @@ def _load_features(
         weights_digest=setup.weights_digests[weights_key(config.model)],
         device=device,
     )
-    store = ray.get_actor(setup.store_name, namespace=setup.namespace)
-    features = get_features(
-        store,
-        key,
-        lambda budget_bytes, alive: build_features(
-            trial["config"], context.data, device=device, budget_bytes=budget_bytes, alive=alive
-        ),
-    )
+    cpus = setup.placement.cpus
+
+    def build(budget_bytes: int, alive: Callable[[], int]) -> CategoryFeatures:
+        def alive_on_idle_cpus() -> None:
+            use_threads(cpus * (1 + alive()))
+
+        try:
+            return build_features(
+                trial["config"], context.data, device=device, budget_bytes=budget_bytes, alive=alive_on_idle_cpus
+            )
+        finally:
+            use_threads(cpus)
+
+    features = get_features(ray.get_actor(setup.store_name, namespace=setup.namespace), key, build)
     if features.source == "cached":
         return features
     return features.with_backbone(reload_backbone(config, features), device=device)
