@@ -1,7 +1,8 @@
-"""The whole platform without the training: what thousands of trials cost in search, pruning, Tune and tracking.
+"""The whole platform without the training: what thousands of trials cost in search, pruning, tracking and a resume.
 
 Every trial replays a learning curve that follows from its settings, its category and a seed; searcher, scheduler, Tune,
-tracker callback, outbox and an MLflow database are those of a sweep. Prints a line per tenth of the sweep, then a
+ledger, studies, outbox and an MLflow database are those of a sweep, and afterwards a second driver's work is done: it
+reads the ledger, makes studies and rungs again, and compares all runs. Prints a line per tenth of the sweep, then a
 table: is a trial at the end as cheap as one at the beginning, and where does its time go?
 
     python -m tests.benchmarks.replay_scale --categories 20 --trials 8
@@ -33,6 +34,7 @@ import psutil
 
 from ssn.config import Config, digest, flatten
 from tests.benchmarks.measure import describe_machine
+from tuning.champions.winner import TrialRecord
 from tuning.execution.weights import weights_key
 from tuning.search.rungs import Rungs
 from tuning.search.scheduler import MultiplexScheduler
@@ -117,10 +119,12 @@ def watch_parts() -> Split:
     """Of what the platform's own classes, and Tune's snapshots, do in the driver."""
     from ray.tune.execution import experiment_state, tune_controller
 
+    from tuning.persistence.ledger import SweepLedger
     from tuning.reporting.progress import ProgressCallback
     from tuning.tracking.callback import TrackerCallback
 
     split = Split()
+    split.watch(SweepLedger, "write_trial", "ledger")
     split.watch(MultiplexSearcher, "suggest", "search: suggest")
     for name in ("on_trial_result", "on_trial_complete"):
         split.watch(MultiplexSearcher, name, "search: learn")
@@ -202,9 +206,13 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
     import optuna
     from ray import tune
 
+    from tuning.execution.interrupt import StopFlag
+    from tuning.persistence.ledger import STUDIES_FILE, SweepLedger
+    from tuning.persistence.ledger_callback import LedgerCallback
+    from tuning.persistence.resume import close_runs, read_earlier
+    from tuning.persistence.study_database import StudyDatabase
     from tuning.reporting.progress import ProgressCallback
     from tuning.tracking import MLflowTracker, Outbox, Sweep, environment_tags
-    from tuning.tracking.callback import TrackerCallback
     from tuning.tracking.mlflow_tracker import default_tracking_uri
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -220,12 +228,21 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
     }
     with clock("start Ray"):
         connect_ray()
-    with clock("make studies"):
-        searcher = MultiplexSearcher(
+    ledger = SweepLedger.open(folder, "replayed")
+
+    def make_searcher(earlier: Sequence[TrialRecord] = (), database: StudyDatabase | None = None) -> MultiplexSearcher:
+        return MultiplexSearcher(
             [CategorySearch(name, base, space, f"data of {name}", digests, 0) for name in names],
             sweep_id="replayed",
             trials_per_category=trials,
+            earlier=earlier,
+            database=database,
         )
+
+    with clock("make studies"):
+        ledger.create({})
+        database = StudyDatabase(f"sqlite:///{ledger.files.path(STUDIES_FILE)}", notify=say)
+        searcher = make_searcher(database=database)
     store = MLflowTracker(default_tracking_uri(folder), persistent=False)
     with clock("make the database"):
         store.check()
@@ -260,8 +277,11 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
             name="replayed",
             storage_path=str(folder / "ray"),
             verbose=0,
-            callbacks=[Count(), ProgressCallback(searcher, interval_s=60), TrackerCallback(tracker, sweep)],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            callbacks=[
+                Count(),
+                ProgressCallback(searcher, interval_s=60),
+                LedgerCallback(tracker, sweep, ledger=ledger, keeper=searcher, stop=StopFlag()),
+            ],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
@@ -273,6 +293,16 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
     thread = next(t for t in threading.enumerate() if t.name == "tracking")
     assert thread.ident is not None
     tracking_cpu_s = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    with clock("let the studies' database catch up"):
+        database.close(600)
+    with clock("resume: read the ledger"):
+        earlier = read_earlier(ledger, retry_failed=False)
+    with clock("resume: make studies and rungs again"):
+        again = make_searcher(earlier)
+        MultiplexScheduler(RUNGS, history=again).enter_earlier(again.records())
+    assert again.done
+    with clock("resume: compare with the tracker"):
+        assert close_runs(tracker, sweep, ledger, earlier, None) == []
     with clock("read all runs"):
         runs = tracker.find_runs(DATASET, sweep_id="replayed")
     with clock("end the sweep"):
@@ -294,6 +324,8 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
         "tracking_thread_cpu_s": tracking_cpu_s,
         "peak_driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "database_mb": growth.database.stat().st_size / 1e6,
+        "studies_mb": Path(ledger.files.path(STUDIES_FILE)).stat().st_size / 1e6,
+        "ledger_mb": sum(p.stat().st_size for p in Path(ledger.files.path("trials")).rglob("*.json")) / 1e6,
         "ray_folder_mb": sum(p.stat().st_size for p in snapshot if p.is_file()) / 1e6,
         "ray_folder_files": sum(p.is_file() for p in snapshot),
         "rows": growth.rows,
@@ -324,8 +356,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"{result['categories']} categories x {result['trials_per_category']} trials; {result['states']}; doubled "
         f"{result['runs_doubled']}, missing {result['runs_missing']}, open {result['runs_open']}",
         f"peak memory of the driver {result['peak_driver_mb']:.0f} MB, database {result['database_mb']:.1f} MB "
-        f"({1e3 * result['database_mb'] / total:.1f} kB a trial), Ray's folder {result['ray_folder_mb']:.1f} MB in "
-        f"{result['ray_folder_files']} files",
+        f"({1e3 * result['database_mb'] / total:.1f} kB a trial), studies {result['studies_mb']:.1f} MB, ledger "
+        f"{result['ledger_mb']:.1f} MB, Ray's folder {result['ray_folder_mb']:.1f} MB in {result['ray_folder_files']} "
+        "files",
         f"CPU of the tracking thread: {1e3 * result['tracking_thread_cpu_s'] / total:.1f} ms a trial",
         *(f"{name}: {seconds:.1f} s" for name, seconds in result["seconds"].items()),
         "",
