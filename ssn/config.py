@@ -121,6 +121,9 @@ class EvalConfig:
     """Height and width at which pixel metrics are computed, whatever ``data.image_size``, so that trials compare."""
     aupro_fpr_limit: float = 0.3
     batch_size: int = 16
+    every_n_epochs: int = 1
+    """How often training looks at the validation split; after the last epoch, and where a sweep compares trials, it
+    always does. With few images an epoch, looking takes longer than training."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class Config:
         check("train.noise_precision", t.noise_precision in ("fp32", "bf16"), t.noise_precision, "fp32 or bf16")
         check("eval.size", min(e.size) >= 16, e.size, "at least 16 pixels a side")
         check("eval.batch_size", e.batch_size >= 1, e.batch_size, "at least 1")
+        check("eval.every_n_epochs", e.every_n_epochs >= 1, e.every_n_epochs, "at least 1")
         check("eval.aupro_fpr_limit", 0 < e.aupro_fpr_limit <= 1, e.aupro_fpr_limit, "in (0, 1]")
         check("synthesis.noise_sigma", 0 < s.noise_sigma <= 10, s.noise_sigma, "in (0, 10]")
         check("synthesis.perlin_threshold", 0 <= s.perlin_threshold < 1, s.perlin_threshold, "in [0, 1)")

@@ -44,8 +44,9 @@ class EpochReport:
     epoch: int
     """Epochs done, from 1."""
     metrics: dict[str, float]
-    """``train_loss``, ``val_loss``, ``val_<metric>``, ``lr_heads``; ``epoch_duration_s``, of which ``train_duration_s``
-    was training; ``duration_s`` since the run began, interruptions left out."""
+    """``train_loss``; ``val_loss`` and ``val_<metric>`` if the validation split was looked at; ``lr_heads``;
+    ``epoch_duration_s``, of which ``train_duration_s`` was training; ``duration_s`` since the run began, interruptions
+    left out."""
     undefined: dict[str, str] = field(default_factory=dict)
     """What cannot be computed of the validation split, and why."""
 
@@ -444,7 +445,8 @@ def fit(
         features: Of one category.
         report: Called after every epoch.
         resume_from: A folder that an earlier ``save`` wrote.
-        pixel_epochs: Epochs, from 1, after which pixel metrics are computed; always after the last.
+        pixel_epochs: Epochs, from 1, after which all metrics are computed, those of pixels too; always after the last.
+            ``eval.every_n_epochs`` decides when those of images are.
         device: Where the heads train.
         workers: Those who train together; each calls this, with a ``report`` of its own.
 
@@ -460,7 +462,8 @@ def fit(
         train_s = time.perf_counter() - start
         epoch = trainer.epochs_done
         pixel = epoch in pixel_epochs or epoch == config.train.epochs
-        val_loss, metrics = trainer.validate(pixel=pixel)
+        looks = pixel or epoch % config.eval.every_n_epochs == 0
+        val_loss, metrics = trainer.validate(pixel=pixel) if looks else (None, Metrics())
         epoch_duration_s = time.perf_counter() - start
         trainer.duration_s += epoch_duration_s
         values = {

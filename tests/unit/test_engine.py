@@ -352,6 +352,23 @@ def test_reports_come_every_epoch_with_pixel_metrics_when_asked_for() -> None:
     assert [r.metrics["duration_s"] for r in reports] == pytest.approx(totals)
 
 
+def test_validation_is_looked_at_when_it_is_due_and_changes_nothing() -> None:
+    config = with_train(CONFIG, epochs=7)
+    _, every = run(config, plant_features(), pixel_epochs=(2,))
+    _, some = run(replace(config, eval=replace(config.eval, every_n_epochs=3)), plant_features(), pixel_epochs=(2,))
+    assert [r.epoch for r in some] == [1, 2, 3, 4, 5, 6, 7]
+    for full, report in zip(every, some, strict=True):
+        assert report.metrics["train_loss"] == full.metrics["train_loss"]
+        looked = {name for name in report.metrics if name.startswith("val_")}
+        if report.epoch in (2, 3, 6, 7):
+            assert {name: report.metrics[name] for name in looked} == {
+                name: value for name, value in full.metrics.items() if name.startswith("val_")
+            }
+        else:
+            assert not looked
+            assert not report.undefined
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_loss_that_is_not_finite_ends_the_run() -> None:
     features = plant_features()
