@@ -24,6 +24,7 @@ from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.storage import join_uri
 from ssn.errors import SSNError
+from tuning.champions.category_result import CategoryResult, describe_search
 from tuning.champions.incumbent import yardstick
 from tuning.execution.capacity import Capacity, check_fits, cluster_capacity, use_gpu
 from tuning.execution.feature_sizes import MapSizes, size_feature_groups
@@ -44,14 +45,7 @@ from tuning.persistence.resume import (
 from tuning.persistence.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
 from tuning.persistence.sweep_lock import SweepLock
 from tuning.reporting.report import Leaderboard, count_infeasible
-from tuning.reporting.sweep_result import (
-    CategoryResult,
-    SweepResult,
-    describe_decision,
-    describe_search,
-    leaderboard_row,
-    parent_summary,
-)
+from tuning.reporting.sweep_result import SweepResult, describe_decision, leaderboard_row, parent_summary
 from tuning.search.costs import check_against, describe_pick
 from tuning.search.feature_groups import category_spaces, models_of
 from tuning.search.space import CategorySpace

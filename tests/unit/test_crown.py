@@ -15,13 +15,13 @@ from ssn.config import Config, flatten
 from ssn.data.reader import SearchData, open_search_data
 from ssn.engine import Trainer
 from ssn.features import extract, prepare_backbone
+from tuning.champions.category_result import CategoryResult
 from tuning.champions.crown import Crowning
 from tuning.champions.finalists import Finalist, Selection
 from tuning.champions.registry import ALIAS
 from tuning.champions.winner import TrialRecord
 from tuning.execution.train_worker import Placement
 from tuning.persistence.ledger import SweepLedger
-from tuning.reporting.sweep_result import CategoryResult
 from tuning.settings import ObjectiveSettings, SweepSettings
 from tuning.tracking import MLflowTracker, Sweep, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri

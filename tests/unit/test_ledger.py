@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from ssn.errors import SSNError
+from tuning.champions.category_result import ChampionScore
 from tuning.champions.registry import ChampionVersion
 from tuning.champions.winner import TrialRecord
 from tuning.persistence.ledger import SWEEP_FILE, SweepLedger, trial_file
-from tuning.reporting.sweep_result import ChampionScore
 
 
 def make_record(index: int = 0, category: str = "bolt", **changes: Any) -> TrialRecord:

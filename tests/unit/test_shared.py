@@ -11,12 +11,12 @@ import pytest
 from ssn.config import Config, TrainConfig, flatten
 from ssn.errors import SSNError
 from tests.made_up_benchmark import make_info
+from tuning.champions.category_result import SHARED, CategoryResult
 from tuning.champions.finalists import Finalist, FinalistRun, Selection
 from tuning.champions.incumbent import Incumbent, Rescored, Verdict, compare_recorded, compare_rescored, yardstick
 from tuning.champions.winner import TrialRecord
 from tuning.execution.weights import weights_key
 from tuning.reporting.shared_report import SharedComparison, SharedRow, compare_with_tuned
-from tuning.reporting.sweep_result import SHARED, CategoryResult
 from tuning.search.feature_groups import shared_space
 from tuning.search.fixed_runs import FixedRuns
 from tuning.search.searcher import CategorySearch

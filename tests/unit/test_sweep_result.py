@@ -7,10 +7,11 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.data.reader import SearchData
 from tests.planted_features import plant_features
+from tuning.champions.category_result import CategoryResult, ChampionScore
 from tuning.champions.finalists import Finalist, Selection
 from tuning.champions.registry import ChampionVersion
 from tuning.champions.winner import TrialRecord
-from tuning.reporting.sweep_result import CategoryResult, ChampionScore, leaderboard_row, parent_summary
+from tuning.reporting.sweep_result import leaderboard_row, parent_summary
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ssn.data.reader import SearchData, open_test_data
 from ssn.errors import SSNError
+from tuning.champions.category_result import CategoryResult, ChampionScore, describe_search, mean_scores
 from tuning.champions.finalists import Selection
 from tuning.champions.incumbent import (
     UNOPPOSED,
@@ -32,7 +33,6 @@ from tuning.champions.incumbent import (
 )
 from tuning.execution.train_worker import Placement
 from tuning.persistence.ledger import SweepLedger
-from tuning.reporting.sweep_result import CategoryResult, ChampionScore, describe_search, mean_scores
 from tuning.search.costs import trial_cost
 from tuning.settings import SweepSettings
 from tuning.tracking.protocol import count_scores

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tuning.champions.category_result import SHARED, CategoryResult
 from tuning.reporting.report import ABSENT
-from tuning.reporting.sweep_result import SHARED, CategoryResult
 from tuning.tracking.protocol import PARENT_STAGE, RunRecord
 
 if TYPE_CHECKING:
