@@ -665,33 +665,39 @@ class _Run:
         sweep_tags: Sweep,
         features: SharedFeatures,
     ) -> None:
-        """One Tune run of the sweep."""
+        """Run trials, in as many Tune runs as it takes, to the end, an interrupt, or until a budget is spent."""
         from tuning.persistence.ledger_callback import LedgerCallback
+        from tuning.search.portion import Portion
 
         stop = StopFlag()
         storage = open_storage(join_uri(self.ledger.files.root_uri, RAY_FOLDER))
         ledger = LedgerCallback(
             tracker, sweep_tags, ledger=self.ledger, keeper=searcher, filesystem=storage[1], stop=stop
         )
-        run_tune(
-            searcher,
-            scheduler,
-            [progress, ledger],
-            {
-                name: TrialContext(data=data, objective=self.settings.objective, rungs=self.settings.rungs())
-                for name, data in self.data.items()
-            },
-            name=f"{self.sweep_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-            data_uri=self.data_uri,
-            weights_digests=self.weights_digests,
-            placement=self.placement,
-            storage=storage,
-            concurrency=self.settings.search.max_concurrent,
-            stop=stop,
-            stopper=self.stopper,
-            num_to_keep=None,  # the ledger's callback removes them
-            features=features,
-        )
+        goes_on = True
+        while goes_on:
+            portion = Portion(searcher)
+            run_tune(
+                portion,
+                scheduler,
+                [progress, ledger],
+                {
+                    name: TrialContext(data=data, objective=self.settings.objective, rungs=self.settings.rungs())
+                    for name, data in self.data.items()
+                },
+                name=f"{self.sweep_id}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
+                data_uri=self.data_uri,
+                weights_digests=self.weights_digests,
+                placement=self.placement,
+                storage=storage,
+                concurrency=self.settings.search.max_concurrent,
+                stop=stop,
+                stopper=self.stopper,
+                num_to_keep=None,  # the ledger's callback removes them
+                features=features,
+            )
+            ended = searcher.done or stop or self.stopper.ended_by is not None
+            goes_on = portion.used_up and not ended
         self.stopper.note_spent()
 
     def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:

@@ -36,6 +36,7 @@ from ssn.config import Config, digest, flatten
 from tests.benchmarks.measure import describe_machine
 from tuning.champions.winner import TrialRecord
 from tuning.execution.weights import weights_key
+from tuning.search.portion import Portion
 from tuning.search.rungs import Rungs
 from tuning.search.scheduler import MultiplexScheduler
 from tuning.search.searcher import CategorySearch, MultiplexSearcher
@@ -264,29 +265,33 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
             return tune.Callback, ()
 
-    tuner = tune.Tuner(
-        tune.with_resources(replay, {"cpu": 1}),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=MultiplexScheduler(RUNGS, history=searcher),
-            num_samples=-1,
-            max_concurrent_trials=concurrency,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="replayed",
-            storage_path=str(folder / "ray"),
-            verbose=0,
-            callbacks=[
-                Count(),
-                ProgressCallback(searcher, interval_s=60),
-                LedgerCallback(tracker, sweep, ledger=ledger, keeper=searcher, stop=StopFlag()),
-            ],
-            failure_config=tune.FailureConfig(max_failures=1),
-        ),
-    )
+    scheduler = MultiplexScheduler(RUNGS, history=searcher)
+    callbacks = [
+        Count(),
+        ProgressCallback(searcher, interval_s=60),
+        LedgerCallback(tracker, sweep, ledger=ledger, keeper=searcher, stop=StopFlag()),
+    ]
+    runs_of_tune = 0
     with clock("run the trials"):
-        tuner.fit()
+        while not searcher.done:
+            tune.Tuner(
+                tune.with_resources(replay, {"cpu": 1}),
+                tune_config=tune.TuneConfig(
+                    search_alg=Portion(searcher),
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    max_concurrent_trials=concurrency,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name=f"replayed-{runs_of_tune}",
+                    storage_path=str(folder / "ray"),
+                    verbose=0,
+                    callbacks=callbacks,
+                    failure_config=tune.FailureConfig(max_failures=1),
+                ),
+            ).fit()
+            runs_of_tune += 1
     say(f"tracking is {tracker.num_left} operations behind")
     with clock("let tracking catch up"):
         assert tracker.drain(600)
@@ -316,6 +321,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
         "machine": describe_machine(1),
         "categories": categories,
         "trials_per_category": trials,
+        "runs_of_tune": runs_of_tune,
         "states": {str(state): count for state, count in states.items()},
         "runs_doubled": len(runs) - len({r.run_key for r in runs}),
         "runs_missing": categories * (trials + 1) - len(runs),
@@ -354,7 +360,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     total = result["categories"] * result["trials_per_category"]
     lines = [
         f"{result['categories']} categories x {result['trials_per_category']} trials; {result['states']}; doubled "
-        f"{result['runs_doubled']}, missing {result['runs_missing']}, open {result['runs_open']}",
+        f"{result['runs_doubled']}, missing {result['runs_missing']}, open {result['runs_open']}; "
+        f"{result['runs_of_tune']} Tune runs",
         f"peak memory of the driver {result['peak_driver_mb']:.0f} MB, database {result['database_mb']:.1f} MB "
         f"({1e3 * result['database_mb'] / total:.1f} kB a trial), studies {result['studies_mb']:.1f} MB, ledger "
         f"{result['ledger_mb']:.1f} MB, Ray's folder {result['ray_folder_mb']:.1f} MB in {result['ray_folder_files']} "

@@ -138,12 +138,13 @@ class ProgressCallback(Callback):
         return self.__dict__ | {"_live": None, "_console": None, **clocks}
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """Start the clock; categories that ended before a resume are not announced again."""
+        """Start the clock, once for all Tune runs of a search; categories that ended before are not announced again."""
         logging.getLogger("ray.tune.tune").addFilter(_is_news)
-        self._started_s = self._clock()
         board = self._board()
         self._announced = {c.category for c in board if c.done}
-        self._earlier = sum(c.ended for c in board)
+        if self._started_s is None:
+            self._started_s = self._clock()
+            self._earlier = sum(c.ended for c in board)
         if self._console is None:
             self._console = Console(stderr=True)
         if self._console.is_terminal:

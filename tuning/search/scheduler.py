@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TIME_ATTR = "epoch"
 METRIC = "objective"
+_WAITING = ("PENDING", "PAUSED")
+"""Statuses of Tune's trials that can be started, those that come first in front."""
 
 
 class ObjectiveHistory(Protocol):
@@ -110,6 +112,11 @@ class MultiplexScheduler(FIFOScheduler):
             cost = trial_cost(result, self._against)
             goes_on &= self._halving(trial).goes_on(trial.trial_id, epoch, objective, cost)
         return str(self.CONTINUE if goes_on else self.STOP)
+
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
+        """A trial that waits for resources; Tune's own way looks at every trial that there has been, at every step."""
+        live = tune_controller.get_live_trials()
+        return next((trial for status in _WAITING for trial in live if trial.status == status), None)
 
     def debug_string(self) -> str:
         """One line per category and number of epochs."""

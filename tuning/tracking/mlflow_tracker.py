@@ -25,6 +25,7 @@ from tuning.tracking.journal import FULL
 from tuning.tracking.protocol import (
     CLOSE_PATIENCE_S,
     MODEL_ARTIFACT_PATH,
+    PARENT_STAGE,
     STATUS_OF_STATE,
     TRIAL_MODEL_FILES,
     ArtifactsUnavailableError,
@@ -432,16 +433,21 @@ class MLflowTracker:
 
     def finish_sweep(self, sweep: Sweep, status: RunStatus = "FINISHED", *, at_ms: int | None = None) -> None:
         self.flush()
-        for record in self.find_runs(sweep.dataset, sweep_id=sweep.sweep_id):
-            if record.parent_run_id is None:
-                with self._talking():
-                    self.client.set_terminated(record.run_id, status, end_time=at_ms)
-            elif record.status == "RUNNING":
+        of_sweep = f"tags.sweep_id = {_quote(sweep.sweep_id)}"
+        for record in self._search_runs(sweep.dataset, [of_sweep, "attributes.status = 'RUNNING'"]):
+            if record.parent_run_id is not None:
                 self.finish_trial(record.run_id, "INTERRUPTED", at_ms=at_ms)
+        for record in self._search_runs(sweep.dataset, [of_sweep, f"tags.stage = {_quote(PARENT_STAGE)}"]):
+            with self._talking():
+                self.client.set_terminated(record.run_id, status, end_time=at_ms)
 
     def find_runs(self, dataset: str, *, sweep_id: str | None = None, category: str | None = None) -> list[RunRecord]:
         wanted = {"sweep_id": sweep_id, "category": category}
-        clauses = [f"tags.{key} = {_quote(value)}" for key, value in wanted.items() if value is not None]
+        return self._search_runs(
+            dataset, [f"tags.{key} = {_quote(value)}" for key, value in wanted.items() if value is not None]
+        )
+
+    def _search_runs(self, dataset: str, clauses: Sequence[str]) -> list[RunRecord]:
         # Runs that others logged into an experiment of the same name have no run key, and are left alone.
         query = " AND ".join(["tags.run_key LIKE '%/%'", *clauses])
         records: list[RunRecord] = []
