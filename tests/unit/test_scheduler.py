@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +212,18 @@ def test_trials_that_never_ran_can_be_removed() -> None:
     sched.on_trial_add(None, trial)  # type: ignore[arg-type]
     sched.on_trial_remove(None, trial)  # type: ignore[arg-type]
     assert "screw" in sched.debug_string()
+
+
+def test_trials_that_wait_are_chosen_among_the_living() -> None:
+    def trial(status: str) -> Any:
+        return SimpleNamespace(status=status)
+
+    pending, paused, running = trial("PENDING"), trial("PAUSED"), trial("RUNNING")
+    for live, expected in (
+        ((), None),
+        ((running,), None),
+        ((running, paused), paused),
+        ((paused, running, pending), pending),
+    ):
+        controller: Any = SimpleNamespace(get_live_trials=lambda live=live: live)
+        assert scheduler().choose_trial_to_run(controller) is expected
