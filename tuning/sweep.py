@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import gc
 import json
 import logging
 import os
@@ -696,6 +697,7 @@ class _Run:
                 num_to_keep=None,  # the ledger's callback removes them
                 features=features,
             )
+            gc.collect()  # a run's trials refer to each other, and would stay for long
             ended = searcher.done or stop or self.stopper.ended_by is not None
             goes_on = portion.used_up and not ended
         self.stopper.note_spent()

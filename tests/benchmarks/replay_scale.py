@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
+import gc
 import json
 import math
 import resource
@@ -291,6 +292,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
                     failure_config=tune.FailureConfig(max_failures=1),
                 ),
             ).fit()
+            gc.collect()
             runs_of_tune += 1
     say(f"tracking is {tracker.num_left} operations behind")
     with clock("let tracking catch up"):
