@@ -288,7 +288,7 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
                     name=f"replayed-{runs_of_tune}",
                     storage_path=str(folder / "ray"),
                     verbose=0,
-                    callbacks=callbacks,
+                    callbacks=list(callbacks),  # Tune adds its own, which know all of its trials
                     failure_config=tune.FailureConfig(max_failures=1),
                 ),
             ).fit()
