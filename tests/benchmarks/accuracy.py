@@ -72,7 +72,7 @@ def plain_formulation() -> Iterator[None]:
     """The network computes as the papers write it."""
 
     def forward_train(
-        net: SuperSimpleNet, features_BhwC: Sequence[Tensor], noise: Noise, *, stop_grad: bool, noise_dtype: torch.dtype
+        net: SuperSimpleNet, features_BhwC: Sequence[Tensor], noise: Noise, *, stop_grad: bool, **how: Any
     ) -> tuple[Tensor, Tensor]:
         return oracle.forward_train(net, features_BhwC, noise, stop_grad=stop_grad)
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,17 +14,21 @@ import torch
 
 from ssn.data.ingest import ingest
 from ssn.data.manifest import Manifest
+from ssn.engine import EpochReport, fit
 from ssn.errors import SSNError
 from ssn.losses import total_loss
 from ssn.metrics import image_metrics, pixel_metrics, stratified_counts
 from ssn.model import Noise
+from tests import oracle
 from tests.benchmarks import aupro_memory, peer_accuracy
+from tests.benchmarks.accuracy import plain_formulation
 from tests.benchmarks.measure import Report, Result, Side, take_turns
 from tests.benchmarks.our_side import Case, Scene, build_predictor, build_scene, predict, training_steps
 from tests.benchmarks.peer import BACKBONES, main
 from tests.benchmarks.peer_accuracy import METRICS, Comparison, Outcome, PixelStatistics
+from tests.planted_features import CONFIG, plant_features, with_train
 from tests.raw_folders import write_mvtec
-from tests.tolerances import FLOAT64_RTOL, GOLDEN_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL
+from tests.tolerances import FLOAT64_RTOL, GOLDEN_RTOL, GRAD_NORM_ATOL_OF_TOTAL, GRAD_NORM_RTOL, TRAINED_RTOL
 
 if TYPE_CHECKING:
     from tests.benchmarks.anomalib_side import AnomalibSide
@@ -358,3 +363,14 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     assert plain["peak_bytes"] > 5 * pixels  # maps and masks alone
     assert 4 * pixels < ours["peak_bytes"] < plain["peak_bytes"]  # smaller than a block
     assert ours["duration_s"] > 0
+
+
+def test_training_in_the_plain_formulation_comes_to_the_same() -> None:
+    config, features = with_train(CONFIG, epochs=1), plant_features()
+    reports: list[EpochReport] = []
+    fit(config, features, report=lambda report, save: reports.append(report))
+    with mock.patch.object(oracle, "forward_train", wraps=oracle.forward_train) as plain, plain_formulation():
+        fit(config, features, report=lambda report, save: reports.append(report))
+    assert plain.call_count > 0
+    assert reports[1].metrics["train_loss"] == pytest.approx(reports[0].metrics["train_loss"], rel=TRAINED_RTOL)
+    assert reports[1].metrics["val_loss"] == pytest.approx(reports[0].metrics["val_loss"], rel=TRAINED_RTOL)

@@ -77,11 +77,12 @@ class Factory:
 
 @pytest.fixture
 def factory(tiny_data: Path, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Factory:
-    def at_once(self: Crowning, function: Callable[..., Any]) -> Any:
+    def at_once(self: Crowning, function: Callable[..., Any], cpus: float) -> Any:
         return SimpleNamespace(remote=function)
 
     monkeypatch.setattr(Crowning, "_remote", at_once)
     monkeypatch.setattr("ray.get", lambda found: found)
+    monkeypatch.setattr("ray.nodes", lambda: [])
     data, heads = open_search_data(str(tiny_data), "tiny", "widget"), tmp_path / "heads"
     features = extract(tiny_config, data, prepare_backbone(tiny_config, data))
     Trainer(tiny_config, features).save(heads, resumable=False)  # as good as trained, for what is asked here
@@ -163,3 +164,24 @@ def test_sweep_that_goes_on_scores_and_registers_nothing_twice(
     assert first.score == second.score
     assert len(factory.tracker.client.search_model_versions("name = 'tiny.widget'")) == 1
     assert [run.tags["test_split_scored_times"] for run in factory.scored("s1")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "expected"),
+    [
+        ((), 1, 2),  # as a trial has
+        ((2,), 1, 2),
+        ((16,), 1, 16),
+        ((16,), 3, 5),
+        ((16,), 40, 2),
+        ((16, 4, 0), 1, 4),  # any node will do, but for one without CPUs
+        ((16, 16), 8, 4),
+    ],
+)
+def test_scoring_uses_the_cpus_that_no_trial_needs_any_more(
+    nodes: tuple[int, ...], tasks: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = [{"Alive": True, "Resources": {"CPU": float(cpus)} if cpus else {}} for cpus in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {}}])
+    crowning: Any = SimpleNamespace(placement=Placement(num_workers=0, use_gpu=False, cpus=2, gpus=0))
+    assert Crowning._cpus(crowning, tasks) == expected

@@ -31,6 +31,7 @@ from tuning.champions.incumbent import (
     rescore,
     yardstick,
 )
+from tuning.champions.score import score_champion
 from tuning.execution.train_worker import Placement
 from tuning.persistence.ledger import SweepLedger
 from tuning.search.costs import trial_cost
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     import ray
     from rich.console import Console
 
-    from ssn.checkpoint import Checkpoint
-    from ssn.data.reader import TestData
     from tuning.champions.registry import ChampionVersion
     from tuning.champions.winner import TrialRecord
 
@@ -110,7 +109,9 @@ class Crowning:
             group = names[start : start + AT_ONCE]
             candidates = {name: _outcome(self._nominate, name, select, runs) for name in group}
             judged = {name: _outcome(self._judge, name, candidates[name]) for name in group}
-            scoring = {name: _outcome(self._start_scoring, name, candidates[name], judged[name]) for name in group}
+            scoring = {
+                name: _outcome(self._start_scoring, name, candidates[name], judged[name], len(group)) for name in group
+            }
             results += [
                 self._conclude(
                     name, trials[name], finalists.get(name, ()), candidates[name], judged[name], scoring[name]
@@ -149,7 +150,7 @@ class Crowning:
             left_out = images_to_leave_out(champion, data_changed=incumbent.search_fingerprint != fingerprint)
         except SSNError as error:
             return candidate(not_comparable(name, incumbent, str(error)))
-        pending = self._remote(rescore).remote(
+        pending = self._remote(rescore, self.placement.cpus).remote(
             load_trial_model(run_id, self.tracker.tracking_uri),
             champion,
             self.data[name],
@@ -176,22 +177,24 @@ class Crowning:
         return self._weigh_costs(name, candidate.selection, verdict)
 
     def _start_scoring(
-        self, name: str, candidate: _Candidate | str, verdict: Verdict | str
+        self, name: str, candidate: _Candidate | str, verdict: Verdict | str, categories: int
     ) -> list[ray.ObjectRef | ChampionScore]:
-        """Score the winner's runs on test; none where the registered champion stays."""
+        """Score the winner's runs on test, as those of so many categories at once; none where the registered champion
+        stays."""
         from tuning.champions.registry import load_trial_model
 
         if isinstance(candidate, str) or isinstance(verdict, str) or not verdict.promoted:
             return []
         test = open_test_data(self.data_uri, self.dataset, name)
-        score = self._remote(score_champion)
+        cpus = self._cpus(categories * len(candidate.run_ids))
+        score = self._remote(score_champion, cpus)
         return [
             self.ledger.read_score(name, run.trial_key)
             or score.remote(
                 load_trial_model(run_id, self.tracker.tracking_uri),
                 test,
                 self._device(),
-                self.placement.cpus,
+                cpus,
                 draw=run_id == candidate.run_id,
             )
             for run, run_id in zip(candidate.selection.winner.runs, candidate.run_ids, strict=True)
@@ -322,46 +325,20 @@ class Crowning:
     def _device(self) -> str:
         return "cuda" if self.placement.use_gpu else "cpu"
 
-    def _remote(self, function: Callable[..., Any]) -> Any:
-        """A Ray task with what a trial holds."""
+    def _cpus(self, tasks: int) -> float:
+        """Of each of so many tasks: a trial's, or more where there are more than they need, for no trial runs now."""
+        import ray
+
+        nodes = [cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU", 0.0)) > 0]
+        spare = sum(nodes) // tasks
+        return max(self.placement.cpus, min(spare, *nodes)) if nodes else self.placement.cpus
+
+    def _remote(self, function: Callable[..., Any], cpus: float) -> Any:
+        """A Ray task with a trial's GPU."""
         import ray
 
         gpus = self.placement.gpus if self.placement.use_gpu else 0
-        return ray.remote(function).options(num_cpus=self.placement.cpus, num_gpus=gpus)
-
-
-def score_champion(model: Checkpoint, test: TestData, device: str, cpus: float, *, draw: bool) -> ChampionScore:
-    """Score a winner on the test split; runs where a trial would.
-
-    Args:
-        model: What its run has kept.
-        test: The test split.
-        device: Where to score.
-        cpus: Of this process.
-        draw: Whether to draw its best, median and worst cases.
-    """
-    from ssn.bundle import find_backbone
-    from ssn.evaluation import evaluate_samples
-    from ssn.predictor import Predictor
-    from ssn.visualize import case_figure
-    from tuning.execution.objective import use_threads
-
-    use_threads(cpus)
-    predictor = Predictor.from_checkpoint(model, find_backbone(model), device=device)
-    evaluation = evaluate_samples(predictor, test.stream(), keep_images=draw)
-    picture = None
-    if draw:
-        with tempfile.TemporaryDirectory(prefix="cases-") as scratch:
-            path = Path(scratch, "cases.png")
-            case_figure(evaluation.cases(), path, title=f"{test.info.dataset}: {test.info.category}, test split")
-            picture = path.read_bytes()
-    return ChampionScore(
-        metrics=evaluation.metrics.values,
-        undefined=evaluation.metrics.undefined,
-        num_images=len(evaluation.ids),
-        num_defective=int(evaluation.labels.sum()),
-        picture=picture,
-    )
+        return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus)
 
 
 def _outcome(action: Callable[..., T], *args: Any) -> T | str:
