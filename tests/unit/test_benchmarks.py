@@ -19,6 +19,7 @@ from ssn.errors import SSNError
 from ssn.losses import total_loss
 from ssn.metrics import image_metrics, pixel_metrics, stratified_counts
 from ssn.model import Noise
+from ssn.synthesis import perlin_masks
 from tests import oracle
 from tests.benchmarks import aupro_memory, peer_accuracy
 from tests.benchmarks.accuracy import plain_formulation
@@ -363,6 +364,28 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     assert plain["peak_bytes"] > 5 * pixels  # maps and masks alone
     assert 4 * pixels < ours["peak_bytes"] < plain["peak_bytes"]  # smaller than a block
     assert ours["duration_s"] > 0
+
+
+def test_masks_are_drawn_as_anomalib_draws_them(peer: AnomalibSide) -> None:
+    """Shared draws in comparisons are ours, and would hide another distribution."""
+    count, side = 1500, 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs_NHW = peer.model.anomaly_generator.generate_perlin(count, side, side)[:, 0].bool()
+    keys = np.stack([np.zeros(count), np.zeros(count), np.arange(count), np.zeros(count), np.zeros(count)], 1)
+    ours_NHW = perlin_masks(
+        keys.astype(np.int64), (side, side), threshold=peer.model.anomaly_generator.threshold, rescale_empty=True
+    )
+
+    def describe(masks_NHW: torch.Tensor) -> np.ndarray:
+        """By mask: whether it is empty, the share of its positions, and of its vertical and horizontal borders."""
+        borders = [(masks_NHW.diff(dim=dim) != 0).flatten(1).float().mean(1) for dim in (1, 2)]
+        share_N = masks_NHW.flatten(1).float().mean(1)
+        return torch.stack([(share_N == 0).float(), share_N, share_N**2, *borders], 1).numpy()
+
+    ours, theirs = describe(ours_NHW), describe(theirs_NHW)
+    error = np.sqrt((ours.var(0) + theirs.var(0)) / count)
+    assert np.abs(ours.mean(0) - theirs.mean(0)) / error == pytest.approx(0, abs=4)
 
 
 def test_training_in_the_plain_formulation_comes_to_the_same() -> None:
