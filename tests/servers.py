@@ -77,6 +77,8 @@ def ray_head(log: Path, env: Mapping[str, str], *options: str, port: int | None 
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={free_port()}"]
+        # jobs are submitted to this; on Ray's usual port, the agent of another cluster on this machine may listen
+        command += [f"--dashboard-agent-listen-port={free_port()}"]
         with log.open("wb") as output:
             head = subprocess.Popen(
                 [*command, f"--temp-dir={folder}", *options],
