@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from ssn.errors import SSNError
 from tuning.tracking import MemoryTracker, MLflowTracker, Outbox, RunRecord, Sweep, Tracker, TrialInfo
 from tuning.tracking.mlflow_tracker import default_tracking_uri, ui_command
-from tuning.tracking.protocol import PARENT_STAGE, TRIAL_MODEL_FILES
+from tuning.tracking.protocol import BENCHMARK_STAGE, PARENT_STAGE, TRIAL_MODEL_FILES
 
 SWEEP = Sweep(
     sweep_id="s1",
@@ -64,6 +65,20 @@ class TrackerContract:
 
     def test_keeps_the_protocol(self, tracker: Tracker) -> None:
         assert isinstance(tracker, Tracker)
+
+    def test_benchmark_ends_with_its_one_parent(self, tracker: Tracker) -> None:
+        tracker.check()
+        benchmark = replace(SWEEP, sweep_id="b1", stage=BENCHMARK_STAGE)
+        tracker.start_sweep(benchmark)
+        tracker.start_sweep(SWEEP)
+        ended = tracker.start_trial(benchmark, make_trial(stage=BENCHMARK_STAGE))
+        tracker.finish_trial(ended, "PRUNED")
+        tracker.start_trial(benchmark, make_trial(1, stage=BENCHMARK_STAGE))
+        tracker.finish_sweep(benchmark)
+        own = self.runs(tracker, sweep_id="b1").values()
+        assert [run.status for run in own if run.parent_run_id is None] == ["FINISHED"]
+        assert sorted(str(run.trial_state) for run in own if run.parent_run_id) == ["INTERRUPTED", "PRUNED"]
+        assert {run.status for run in self.runs(tracker, sweep_id="s1").values()} == {"RUNNING"}
 
     def test_unknown_dataset_has_no_runs(self, tracker: Tracker) -> None:
         assert tracker.find_runs("nothing") == []

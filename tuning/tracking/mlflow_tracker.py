@@ -25,7 +25,6 @@ from tuning.tracking.journal import FULL
 from tuning.tracking.protocol import (
     CLOSE_PATIENCE_S,
     MODEL_ARTIFACT_PATH,
-    PARENT_STAGE,
     STATUS_OF_STATE,
     TRIAL_MODEL_FILES,
     ArtifactsUnavailableError,
@@ -437,9 +436,10 @@ class MLflowTracker:
         for record in self._search_runs(sweep.dataset, [of_sweep, "attributes.status = 'RUNNING'"]):
             if record.parent_run_id is not None:
                 self.finish_trial(record.run_id, "INTERRUPTED", at_ms=at_ms)
-        for record in self._search_runs(sweep.dataset, [of_sweep, f"tags.stage = {_quote(PARENT_STAGE)}"]):
-            with self._talking():
-                self.client.set_terminated(record.run_id, status, end_time=at_ms)
+        for record in self._search_runs(sweep.dataset, [of_sweep, f"tags.stage = {_quote(sweep.stage)}"]):
+            if record.parent_run_id is None:  # a benchmark's runs are of its own stage
+                with self._talking():
+                    self.client.set_terminated(record.run_id, status, end_time=at_ms)
 
     def find_runs(self, dataset: str, *, sweep_id: str | None = None, category: str | None = None) -> list[RunRecord]:
         wanted = {"sweep_id": sweep_id, "category": category}
