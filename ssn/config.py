@@ -92,6 +92,9 @@ class TrainConfig:
     weak_labels: Literal["drop", "use"] = "drop"
     """What happens to the defective training images whose masks are not used, or that have none: ``drop`` leaves them
     out, ``use`` trains on their label alone (JIMS 2025)."""
+    flip_defects: bool = True
+    """Whether defective training images are shown flipped too: horizontally, vertically and both. Without, their
+    features take a quarter of the time and memory; better where flipped defects do not occur, or in short training."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of every matrix product with a weight but the noise's; bf16 is faster where the processor has bf16
     units, and changes gradients by some percent of their norm."""
@@ -103,7 +106,7 @@ class TrainConfig:
     sampling: Literal["balanced", "official"] = "balanced"
     """What an epoch is. ``balanced``: ``draws_per_epoch`` images, half of them defective where any is used.
     ``official``: what it is in the papers' code, every normal image once or, where defective images are used, each of
-    them under each of its four flips and as many normal images."""
+    them under each of its flips and as many normal images."""
     draws_per_epoch: int | None = None
     """Images drawn per epoch of ``balanced`` sampling; None: max(normals, 8 x defective images with a mask), which is
     the same for every ``supervision_ratio`` and ``weak_labels``."""

@@ -25,7 +25,7 @@ from ssn.data.reader import CategoryInfo
 from ssn.data.sampling import Draws, epoch_draws, official_draws, supervised_subset
 from ssn.distributed import ALONE, Workers
 from ssn.errors import SSNError
-from ssn.features import CategoryFeatures, SplitFeatures, num_images
+from ssn.features import CategoryFeatures, SplitFeatures, num_flips, num_images
 from ssn.losses import total_loss
 from ssn.metrics import Metrics, image_metrics, pixel_metrics
 from ssn.model import FoldedHeads, Noise, SuperSimpleNet, check_compiler, image_map
@@ -142,6 +142,8 @@ class Trainer:
         self.device = torch.device(device)
         if len(features.pool.ids) < num_images(self.config, features.info, "pool"):
             raise RuntimeError("the features lack pool images without masks; make them with train.weak_labels=use")
+        if features.pool.num_flips < num_flips(self.config, "pool"):
+            raise RuntimeError("the features lack flipped pool images; make them with train.flip_defects=true")
         self.supervision = choose_supervision(self.config, features.pool)
         self._drawn = self.supervision.drawn
         self._is_weak = np.isin(np.arange(len(features.pool.ids)), self.supervision.weak)
@@ -192,12 +194,14 @@ class Trainer:
 
     def _draw(self, epoch: int) -> Draws:
         train, num_normal = self.config.train, len(self.features.train.ids)
+        flips = num_flips(self.config, "pool")
         if train.sampling == "official":
-            return official_draws(num_normal, len(self._drawn), seed=train.train_seed, epoch=epoch)
+            return official_draws(num_normal, len(self._drawn), num_flips=flips, seed=train.train_seed, epoch=epoch)
         return epoch_draws(
             num_normal,
             self.supervision.num_available,
             len(self._drawn),
+            num_flips=flips,
             draws_per_epoch=train.draws_per_epoch,
             seed=train.train_seed,
             epoch=epoch,

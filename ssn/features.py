@@ -143,22 +143,23 @@ def feature_key(config: Config, info: CategoryInfo, *, data_uri: str, weights_di
     """A digest of what features depend on, and of nothing else.
 
     Args:
-        config: Of which the preprocessing, the backbone's layers and the evaluation size matter, and
-            ``train.weak_labels`` where the pool has images without masks.
+        config: Of which the preprocessing, the backbone's layers and the evaluation size matter;
+            ``train.flip_defects`` where the pool has images, and ``train.weak_labels`` where it has some without masks.
         info: Of the category; its fingerprint stands for the images.
         data_uri: Where its shards are: their order is not part of the fingerprint.
         weights_digest: Of the backbone as it was loaded, before calibration.
         device: Where the backbone runs; its kind matters, because kinds round differently.
     """
-    flat, pool = flatten(config.resolved()), info.counts["pool"]
+    flat, pool, num_pool = flatten(config.resolved()), info.counts["pool"], num_images(config, info, "pool")
     parts = ("model.backbone", "model.layers", "data.", "eval.size", "eval.batch_size")
     return digest(
         {
             "config": {key: value for key, value in flat.items() if key.startswith(parts)},
             "calibrated": config.model.weights == "random",
             "data": [data_uri, info.dataset, info.category, info.split_seed, info.search_fingerprint],
-            # only where it makes a difference, so that runs with and without weak labels share features elsewhere
-            **({"pool": "whole"} if pool.masks < num_images(config, info, "pool") else {}),
+            # only where they make a difference, so that runs share features elsewhere
+            **({"pool": "whole"} if pool.masks < num_pool else {}),
+            **({"flips": "none"} if num_pool and not config.train.flip_defects else {}),
             "weights_digest": weights_digest,
             "device": torch.device(device).type,
             # what decodes, resizes and convolves; another release may round differently
@@ -232,13 +233,13 @@ def estimate_bytes(config: Config, info: CategoryInfo, feature_sizes: Sequence[t
     """
     itemsize = np.dtype(_NUMPY_DTYPE[config.data.feature_dtype]).itemsize
     per_view = itemsize * sum(c * h * w for c, (h, w) in feature_sizes)
-    views = sum(num_images(config, info, name) * num_flips(name) for name in SEARCH_SPLITS)
+    views = sum(num_images(config, info, name) * num_flips(config, name) for name in SEARCH_SPLITS)
     return views * per_view + estimate_target_bytes(config, info, map_size([size for _, size in feature_sizes]))
 
 
 def estimate_target_bytes(config: Config, info: CategoryInfo, map_size_HW: Size) -> int:
     """The part of :func:`estimate_bytes` that is masks, which are kept in memory whatever becomes of the features."""
-    views = sum(num_images(config, info, name) * num_flips(name) for name in SEARCH_SPLITS)
+    views = sum(num_images(config, info, name) * num_flips(config, name) for name in SEARCH_SPLITS)
     scored = num_images(config, info, "validation") * config.eval.size[0] * config.eval.size[1]
     return views * map_size_HW[0] * map_size_HW[1] + scored
 
@@ -250,9 +251,9 @@ def num_images(config: Config, info: CategoryInfo, split: SearchSplit) -> int:
     return {"train": counts.normal, "pool": pool, "validation": counts.normal + counts.defective}[split]
 
 
-def num_flips(split: SearchSplit) -> int:
+def num_flips(config: Config, split: SearchSplit) -> int:
     """Views of each of a split's images."""
-    return NUM_FLIPS if split == "pool" else 1
+    return NUM_FLIPS if split == "pool" and config.train.flip_defects else 1
 
 
 def stream_samples(config: Config, data: SearchData, split: SearchSplit) -> Iterator[Sample]:
@@ -327,7 +328,7 @@ def extract(
 
     def run(split: SearchSplit) -> CachedSplit:
         targets = TargetBuilder(config, data.info, split, map_size([size for _, size in sizes]))
-        views = num_images(config, data.info, split) * num_flips(split)
+        views = num_images(config, data.info, split) * num_flips(config, split)
         writers = [
             storage.create(f"{split}.{layer}", (views, h, w, c), _NUMPY_DTYPE[dtype])
             for layer, (c, (h, w)) in enumerate(sizes)
@@ -336,7 +337,7 @@ def extract(
             targets.add(batch)
             per_flip = [
                 [_to_stored(as_stored(m, dtype)) for m in run_backbone(backbone, flip(x_BCHW.to(device), which))]
-                for which in range(num_flips(split))
+                for which in range(num_flips(config, split))
             ]
             for writer, *maps in zip(writers, *per_flip, strict=True):
                 writer.append(np.stack(maps, 1).reshape(-1, *maps[0].shape[1:]))
@@ -441,7 +442,7 @@ class TargetBuilder:
 
     def __init__(self, config: Config, info: CategoryInfo, split: SearchSplit, map_size_HW: Size) -> None:
         self._config, self._map_size = config, map_size_HW
-        self._num_images, self._num_flips = num_images(config, info, split), num_flips(split)
+        self._num_images, self._num_flips = num_images(config, info, split), num_flips(config, split)
         self._scored = split == "validation"
         self._masks = np.zeros((self._num_images * self._num_flips, *map_size_HW), bool)
         self._eval_masks = np.zeros((self._num_images if self._scored else 0, *config.eval.size), bool)

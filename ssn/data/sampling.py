@@ -16,7 +16,6 @@ from ssn.errors import SSNError
 
 # Distinct streams of one (seed, epoch), so that adding draws to one does not shift another.
 _NORMALS, _DEFECTS, _FLIPS, _ORDER = 0, 1, 2, 3
-_NUM_FLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def epoch_draws(
     num_masked: int,
     num_defects_used: int,
     *,
+    num_flips: int,
     draws_per_epoch: int | None,
     seed: int,
     epoch: int,
@@ -97,6 +97,7 @@ def epoch_draws(
         num_masked: Defective images whose masks ratio 1 would use. It sets the length of the epoch, whatever the ratio
             and whether images are used without a mask, so that all of a category's runs take the same number of steps.
         num_defects_used: Defective images in use, with or without their masks.
+        num_flips: Views of each defective image; one is drawn with equal probability.
         draws_per_epoch: N; None: max(num_normal, 8 * num_masked).
         seed: The training seed.
         epoch: Counted from 0.
@@ -119,22 +120,23 @@ def epoch_draws(
             occurrence[members] = np.arange(num_members) // num_items
     if num_defects_used > 0:
         rng = np.random.default_rng([seed, epoch, _FLIPS])
-        flip[is_defect] = rng.integers(0, _NUM_FLIPS, size=int(is_defect.sum()))
+        flip[is_defect] = rng.integers(0, num_flips, size=int(is_defect.sum()))
     return Draws(is_defect=is_defect, index=index, flip=flip, occurrence=occurrence)
 
 
-def official_draws(num_normal: int, num_defects_used: int, *, seed: int, epoch: int) -> Draws:
+def official_draws(num_normal: int, num_defects_used: int, *, num_flips: int, seed: int, epoch: int) -> Draws:
     """Draw one epoch of ``train.sampling`` official, as the data loaders of both papers' code do.
 
-    Without defective images, every normal image once. With them, every one in use under each of its four flips and as
-    many normal images, 8 * num_defects_used in all. Normal images are drawn without replacement if there are enough of
-    them, in the first epoch all with the same probability; later, rarely drawn ones are preferred, with probability
-    proportional to (1 + q - median q) ** (4 ln num_normal), where q = 1 - f / max f and f counts an image's earlier
-    draws. The order is random throughout.
+    Without defective images, every normal image once. With them, every one in use under each of its flips and as many
+    normal images, 2 * num_flips * num_defects_used in all. Normal images are drawn without replacement if there are
+    enough of them, in the first epoch all with the same probability; later, rarely drawn ones are preferred, with
+    probability proportional to (1 + q - median q) ** (4 ln num_normal), where q = 1 - f / max f and f counts an image's
+    earlier draws. The order is random throughout.
 
     Args:
         num_normal: Normal training images.
         num_defects_used: Defective images in use, with or without their masks.
+        num_flips: Views of each defective image.
         seed: The training seed.
         epoch: Counted from 0. Earlier epochs' normal images are drawn again, to know how often each has been.
 
@@ -146,13 +148,13 @@ def official_draws(num_normal: int, num_defects_used: int, *, seed: int, epoch: 
         order = np.random.default_rng([seed, epoch, _NORMALS]).permutation(num_normal)
         zeros = np.zeros(num_normal, dtype=np.int64)
         return Draws(is_defect=np.zeros(num_normal, dtype=bool), index=order, flip=zeros, occurrence=zeros)
-    num_defective = _NUM_FLIPS * num_defects_used
+    num_defective = num_flips * num_defects_used
     normals = _rarely_drawn(num_normal, num_defective, seed, epoch)
     defects = np.arange(num_defective)
     order = np.random.default_rng([seed, epoch, _ORDER]).permutation(2 * num_defective)
     is_defect = np.arange(2 * num_defective) < num_defective
-    index = np.concatenate([defects // _NUM_FLIPS, normals])[order]
-    flip = np.concatenate([defects % _NUM_FLIPS, np.zeros_like(normals)])[order]
+    index = np.concatenate([defects // num_flips, normals])[order]
+    flip = np.concatenate([defects % num_flips, np.zeros_like(normals)])[order]
     image = index + num_defects_used * ~is_defect[order]
     return Draws(is_defect=is_defect[order], index=index, flip=flip, occurrence=_count_earlier(image))
 

@@ -86,7 +86,9 @@ def our_settings(a: argparse.Namespace) -> str:
         f"model: {{backbone: resnet18, weights: {Path(a.weights).absolute()}, variant: jims}}\n"
         f"data: {{image_size: [{a.size}, {a.size}]}}\n"
         f"eval: {{size: [{a.size}, {a.size}], every_n_epochs: {a.epochs}}}\n"
-        f"train: {{epochs: {a.epochs}, batch_size: {a.batch}, draws_per_epoch: {a.draws}, precision: {a.precision}}}\n"
+        f"train: {{epochs: {a.epochs}, batch_size: {a.batch}, draws_per_epoch: {a.draws}, precision: {a.precision}, "
+        # the other side flips nothing either
+        "flip_defects: false}\n"
         f"search: {{trials: {a.trials}, grace_epochs: 1, eta: 3}}\n"
         # the other side trains nothing again
         "finalists: {count: 1, seeds: 1}\n"

@@ -319,7 +319,13 @@ class Comparison:
         """Images, noise and masks of an epoch (from 0), as ``ssn.engine`` draws them without defective images."""
         train, synthesis = config.resolved().train, config.resolved().synthesis
         draws = epoch_draws(
-            len(images_NCHW), 0, 0, draws_per_epoch=train.draws_per_epoch, seed=train.train_seed, epoch=epoch
+            len(images_NCHW),
+            0,
+            0,
+            num_flips=1,
+            draws_per_epoch=train.draws_per_epoch,
+            seed=train.train_seed,
+            epoch=epoch,
         )
         map_HW = map_size([size for _, size in feature_sizes(config, self.backbone, "cpu")])
         for start in range(0, len(draws.index), train.batch_size):

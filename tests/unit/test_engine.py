@@ -29,7 +29,7 @@ from ssn.engine import (
     missing_labels,
 )
 from ssn.errors import SSNError
-from ssn.features import CategoryFeatures
+from ssn.features import NUM_FLIPS, CategoryFeatures
 from ssn.losses import total_loss
 from ssn.metrics import pixel_metrics
 from ssn.model import Noise, SuperSimpleNet
@@ -229,7 +229,7 @@ def test_supervised_training_clips_and_flips_defects(monkeypatch: pytest.MonkeyP
     assert not truth[~defective].any()
     view = (drawn[defective] - 100).long()
     assert torch.equal(truth[defective].nonzero()[:, 1], view), "a mask comes with the features of its own flip"
-    draws = epoch_draws(8, 2, 2, draws_per_epoch=None, seed=0, epoch=0)
+    draws = epoch_draws(8, 2, 2, num_flips=4, draws_per_epoch=None, seed=0, epoch=0)
     assert view.tolist() == (draws.index * 4 + draws.flip)[draws.is_defect].tolist()
     assert len(set((view % 4).tolist())) > 1
 
@@ -427,7 +427,7 @@ def test_step_is_the_papers_loss_on_the_plain_network(regime: str, variant: Any)
     masked = set(chosen.tolist())
     weak = set(range(5)) - masked if train.weak_labels == "use" else set()
     drawn = sorted(masked | weak)
-    draws = epoch_draws(4, 4, len(drawn), draws_per_epoch=None, seed=0, epoch=0)
+    draws = epoch_draws(4, 4, len(drawn), num_flips=4, draws_per_epoch=None, seed=0, epoch=0)
     views, truth, is_weak, keys = [], [], [], []
     for is_defect, index, which, occurrence in zip(*vars(draws).values(), strict=True):
         split, image = (pool, drawn[index]) if is_defect else (features.train, index)
@@ -595,13 +595,37 @@ def test_features_without_the_whole_pool_are_no_use_for_weak_labels() -> None:
         Trainer(with_train(CONFIG, weak_labels="use"), kept)
 
 
+def test_defects_are_shown_as_they_are_without_flips() -> None:
+    """Features that hold flips serve as well as those that do not; what lacks them is refused."""
+    features = plant_features(pool=3)
+    config = with_train(CONFIG, supervision_ratio=1.0, flip_defects=False)
+    poisoned = tuple(m.copy() for m in features.pool.maps_VhwC)
+    for m in poisoned:
+        m[np.arange(len(m)) % NUM_FLIPS > 0] = np.nan
+    with_nan = replace(features, pool=replace(features.pool, maps_VhwC=poisoned))
+    unflipped = replace(
+        features,
+        pool=replace(
+            features.pool,
+            maps_VhwC=tuple(m[::NUM_FLIPS] for m in features.pool.maps_VhwC),
+            masks_VHW=features.pool.masks_VHW[::NUM_FLIPS],
+            num_flips=1,
+        ),
+    )
+    expected, _ = run(config, unflipped)
+    actual, _ = run(config, with_nan)
+    assert_same_state(expected, actual)
+    with pytest.raises(RuntimeError, match=r"lack flipped pool images; make them with train\.flip_defects=true"):
+        Trainer(with_train(CONFIG, supervision_ratio=1.0), unflipped)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_official_sampling_draws_the_papers_epochs(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_train(CONFIG, sampling="official", supervision_ratio=ratio)
     trainer = Trainer(config, plant_features(train=30, pool=2))
     seen = watch(monkeypatch)
     for epoch in range(2):
-        expected = official_draws(30, 2 if ratio else 0, seed=0, epoch=epoch)
+        expected = official_draws(30, 2 if ratio else 0, num_flips=4, seed=0, epoch=epoch)
         seen["features"].clear()
         trainer.run_epoch()
         assert sum(map(len, seen["features"])) == len(expected.index) == (16 if ratio else 30)

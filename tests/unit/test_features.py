@@ -21,7 +21,7 @@ from ssn.config import Config
 from ssn.data.ingest import ingest
 from ssn.data.manifest import Manifest
 from ssn.data.preprocess import decode_image, decode_mask, preprocess
-from ssn.data.reader import SearchData, open_search_data
+from ssn.data.reader import CategoryInfo, SearchData, SplitCount, open_search_data
 from ssn.data.records import Sample, SearchSplit
 from ssn.engine import EpochReport, Trainer, fit
 from ssn.errors import SSNError
@@ -309,6 +309,34 @@ def test_key_tells_weak_labels_apart_only_where_the_pool_has_images_without_mask
 
     assert len(keys(search)) == 1
     assert len(keys(half_masked)) == 2
+
+
+def test_without_flips_the_pool_has_one_view_of_an_image(
+    tiny_config: Config, search: SearchData, backbone: Backbone, features: CategoryFeatures
+) -> None:
+    """Cached and streamed: the first view of those with flips, in less memory, and under another key."""
+    plain = replace(tiny_config, train=replace(tiny_config.train, flip_defects=False))
+    sizes = [(64, (8, 12)), (128, (4, 6))]
+    made = extract(plain, search, backbone)
+    streamed = hold_images(plain, search, backbone, budget_bytes=10**9).with_backbone(backbone)
+    pool = split_of(made, "pool")
+    assert pool.num_flips == streamed.pool.num_flips == 1
+    for m, n in zip(pool.maps_VhwC, split_of(features, "pool").maps_VhwC, strict=True):
+        np.testing.assert_array_equal(m, n[::NUM_FLIPS])
+    for split in (pool, streamed.pool):
+        np.testing.assert_array_equal(split.masks_VHW, features.pool.masks_VHW[::NUM_FLIPS])
+    views = np.arange(len(pool.ids))
+    cpu = torch.device("cpu")
+    for m, n in zip(pool.gather(views, cpu), streamed.pool.gather(views, cpu), strict=True):
+        torch.testing.assert_close(n, m, rtol=FLOAT16_RTOL, atol=FLOAT16_RTOL)
+    assert made.num_bytes == estimate_bytes(plain, search.info, sizes) < estimate_bytes(tiny_config, search.info, sizes)
+
+    def key(config: Config, info: CategoryInfo) -> str:
+        return feature_key(config, info, data_uri="here", weights_digest="w", device="cpu")
+
+    assert key(plain, search.info) != key(tiny_config, search.info)
+    without = replace(search.info, counts={**search.info.counts, "pool": SplitCount(0, 0, 0)})
+    assert key(plain, without) == key(tiny_config, without)
 
 
 def test_random_weights_are_calibrated_on_normal_images(

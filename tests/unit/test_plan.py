@@ -261,6 +261,8 @@ def test_official_epochs_are_of_the_images_used() -> None:
     info = make_info(masks=8)
     config = load("train.sampling=official", "train.supervision_ratio=0.5").config()
     assert draws_in_epoch(config, info) == 8 * 4
+    unflipped = load("train.sampling=official", "train.supervision_ratio=0.5", "train.flip_defects=false").config()
+    assert draws_in_epoch(unflipped, info) == 2 * 4
     assert draws_in_epoch(load("train.sampling=official").config(), info) == 20
     assert draws_in_epoch(load("train.draws_per_epoch=7").config(), info) == 7
 

@@ -147,7 +147,7 @@ def _time(config: Config, few: SearchData, device: str) -> Timing:
     backbone = prepare_backbone(config, few)
     with _Watch(device) as extraction:
         features = extract(config, few, backbone, device=device)
-    views = sum(num_images(config, few.info, split) * num_flips(split) for split in SEARCH_SPLITS)
+    views = sum(num_images(config, few.info, split) * num_flips(config, split) for split in SEARCH_SPLITS)
     trainer = Trainer(config, features, device=device)
     trainer.run_epoch()
     with _Watch(device) as steps:

@@ -427,7 +427,7 @@ def _costs(group: FeatureGroup, info: CategoryInfo, calibration: Calibration) ->
     config = group.config
     timing = calibration.timings[shape_of(config)]
     scored, draws = num_images(config, info, "validation"), draws_in_epoch(config, info)
-    views = sum(num_images(config, info, split) * num_flips(split) for split in SEARCH_SPLITS)
+    views = sum(num_images(config, info, split) * num_flips(config, split) for split in SEARCH_SPLITS)
     streamed = group.source == "streamed"
     epoch_s = draws * timing.draw_s + scored * timing.validate_s + (draws + scored) * timing.feature_s * streamed
     return 0.0 if streamed else views * timing.feature_s, epoch_s, scored * timing.pixel_s
@@ -435,12 +435,13 @@ def _costs(group: FeatureGroup, info: CategoryInfo, calibration: Calibration) ->
 
 def draws_in_epoch(config: Config, info: CategoryInfo) -> int:
     """Images of one training epoch; of the ratios that are searched, the base's."""
+    from ssn.features import num_flips
     from tuning.benchmarking.plan import count_used
 
     normal, pool, train = info.counts["train"].normal, info.counts["pool"], config.train
     if train.sampling == "official":
         labels, _ = count_used(train, pool)
-        return 8 * labels or normal
+        return 2 * num_flips(config, "pool") * labels or normal
     return train.draws_per_epoch or max(normal, 8 * pool.masks)
 
 

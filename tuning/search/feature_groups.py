@@ -34,6 +34,7 @@ FEATURE_KEYS = (
     "data.image_size",
     "data.antialias",
     "data.feature_dtype",
+    "train.flip_defects",  # where the pool has images
     "train.weak_labels",  # where the pool has images without masks
 )
 """Settings on which :func:`ssn.features.feature_key` may depend, of those that a search may vary."""
