@@ -45,6 +45,7 @@ from tuning.persistence.resume import (
 )
 from tuning.persistence.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
 from tuning.persistence.sweep_lock import SweepLock
+from tuning.planning.budget import Spent
 from tuning.reporting.report import Leaderboard, count_infeasible
 from tuning.reporting.sweep_result import SweepResult, describe_decision, leaderboard_row, parent_summary
 from tuning.search.costs import check_against, describe_pick
@@ -162,7 +163,7 @@ def sweep(
             stopper=BudgetStopper(
                 settings.budget(),
                 gpus_per_trial=placement.gpus_per_trial,
-                spent_s=0.0 if resumed is None else ledger.read_spent(),
+                spent=Spent() if resumed is None else ledger.read_spent(),
                 note=ledger.write_spent,
             ),
             out=out,
@@ -485,8 +486,6 @@ class _Run:
         try:
             for line in close_runs(tracker, sweep_tags, self.ledger, earlier, open_storage(self.out)[1]):
                 notify(f"warning: {line}")
-            for record in earlier:
-                self.stopper(record.trial_id, record.metrics)  # GPU hours that earlier drivers have spent
             features = share_features(self.sweep_id)
             self.search(searcher, tracker, sweep_tags, features)
             if not searcher.done:
@@ -675,9 +674,9 @@ class _Run:
         ledger = LedgerCallback(
             tracker, sweep_tags, ledger=self.ledger, keeper=searcher, filesystem=storage[1], stop=stop
         )
-        goes_on = True
+        portion, goes_on = Portion(searcher, ledger.has_begun), True
         while goes_on:
-            portion = Portion(searcher)
+            portion.refill()
             run_tune(
                 portion,
                 scheduler,
@@ -699,7 +698,7 @@ class _Run:
             )
             gc.collect()  # a run's trials refer to each other, and would stay for long
             ended = searcher.done or stop or self.stopper.ended_by is not None
-            goes_on = portion.used_up and not ended
+            goes_on = portion.has_more and not ended
         self.stopper.note_spent()
 
     def compare(self, tracker: Any, results: Sequence[CategoryResult]) -> SharedComparison | None:

@@ -302,6 +302,32 @@ def node(bench: Bench) -> float:
     return recover_s
 
 
+def idle_process(bench: Bench) -> float:
+    """SIGKILL of a trial's process after the trial, before it takes the next one."""
+    faults = '{"widget/0": "killed when done"}'
+    driver = bench.start("--num-workers", "0", "--set", "search.max_concurrent=1", faults=faults)
+    trials = bench.wait(driver, lambda trials: any(r.state != "running" for r in trials))
+    started_s = time.monotonic()
+    bench.ended_before = {r.name: r for r in trials if r.state != "running"}
+    bench.wait(driver, lambda trials: any(r.index == 1 and r.checkpoint_epoch > 0 for r in trials))
+    recover_s = time.monotonic() - started_s
+    bench.finish(driver)
+    return recover_s
+
+
+def feature_store(bench: Bench) -> float:
+    """SIGKILL of the process that holds all features."""
+    driver = bench.start("--num-workers", "0", "--set", "search.max_concurrent=1", categories=("gadget", "widget"))
+    trials = bench.under_way(driver)
+    os.kill(one_of(bench.processes("ray::FeatureStore")), signal.SIGKILL)
+    before = {r.name for r in trials}
+    started_s = time.monotonic()
+    bench.wait(driver, lambda trials: any(r.name not in before and r.checkpoint_epoch > 0 for r in trials))
+    recover_s = time.monotonic() - started_s
+    bench.finish(driver)
+    return recover_s
+
+
 def driver_killed(bench: Bench) -> float:
     """SIGKILL of the driver mid-sweep; then ``--resume``."""
     driver = bench.start("--num-workers", "0", categories=("gadget", "widget"))
@@ -485,6 +511,8 @@ FAULTS: tuple[Callable[[Bench], float], ...] = (
     training_worker,
     trial_process,
     worker_group_driver,
+    idle_process,
+    feature_store,
     node,
     driver_killed,
     driver_killed_worker_group,

@@ -1,7 +1,7 @@
 """``python -m tests.integration.faulty_sweep FAULTS sweep ...``: a sweep some of whose trials go wrong.
 
-``FAULTS`` is JSON, ``{"<category>/<index>": "nan" | "memory" | "killed"}``, of trials of the search; the rest is for
-``python -m tuning``.
+``FAULTS`` is JSON, ``{"<category>/<index>": "nan" | "memory" | "killed" | "killed when done"}``, of trials of the
+search; the rest is for ``python -m tuning``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import tuning.execution.tune_run
 from tuning.execution import train_worker
 from tuning.execution.train_worker import WorkerSetup
+from tuning.persistence.ledger_callback import LedgerCallback
 
 MEMORY_BYTES = 100 * 2**20
 """What a trial may take beyond what it has when its fault begins; it then asks for four times as much."""
@@ -45,6 +46,19 @@ def train_faultily(trial: dict[str, Any], setup: WorkerSetup, faults: dict[str, 
         train_worker.run_trial = run_trial
 
 
+def kill_when_done(faults: dict[str, str]) -> None:
+    """Have the driver kill the process of a trial that has ended, before it gets another."""
+    complete = LedgerCallback.on_trial_complete
+
+    def complete_and_kill(self: LedgerCallback, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        complete(self, iteration, trials, trial, **info)
+        name = f"{trial.config['category']}/{trial.config['index']}"
+        if "stage" not in trial.config and faults.get(name) == "killed when done":
+            os.kill(trial.last_result["pid"], signal.SIGKILL)
+
+    LedgerCallback.on_trial_complete = complete_and_kill  # type: ignore[method-assign]
+
+
 def run_out_of_memory(*, killed: bool) -> None:
     """As where a container has a limit: the kernel kills the process; or as where a user has: it is given no more."""
     if killed:
@@ -63,6 +77,7 @@ def main() -> None:
         train_faultily(trial, setup, faults)
 
     tuning.execution.tune_run.train_in_trial = train
+    kill_when_done(faults)
     from tuning.cli import main as run
 
     run()

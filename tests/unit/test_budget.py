@@ -16,7 +16,7 @@ from tuning.execution.budget_stopper import NOTE_PERIOD_S, BudgetStopper
 from tuning.execution.train_worker import Placement
 from tuning.execution.weights import weights_key
 from tuning.persistence.ledger import SweepLedger
-from tuning.planning.budget import Budget, parse_duration_s, share_trials
+from tuning.planning.budget import Budget, Spent, parse_duration_s, share_trials
 from tuning.search.searcher import CategorySearch, MultiplexSearcher
 from tuning.search.space import FloatRange
 from tuning.settings import SweepSettings
@@ -31,6 +31,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def report(iteration: int, this_s: float, total_s: float | None = None) -> dict[str, Any]:
+    """What Tune adds to a trial's result."""
+    total_s = this_s if total_s is None else total_s
+    return {"training_iteration": iteration, "time_this_iter_s": this_s, "time_total_s": total_s}
 
 
 @pytest.mark.parametrize(
@@ -95,20 +101,41 @@ def test_time_counts_from_the_first_question() -> None:
 
 def test_gpu_hours_are_those_of_all_trials() -> None:
     stopper = BudgetStopper(Budget(max_gpu_hours=1.5), gpus_per_trial=0.5, clock=Clock())
-    assert stopper("a", {"time_total_s": 3600.0}) is False
-    stopper("a", {"time_total_s": 7200.0})
-    stopper("b", {"time_total_s": 3000.0})
+    assert stopper("a", report(1, 3600)) is False
+    stopper("a", report(2, 3600, total_s=7200))
+    stopper("a", report(2, 3600, total_s=7200))  # the same again, as Tune does when a trial has ended
+    stopper("b", report(1, 3000))
     assert stopper.gpu_hours() == pytest.approx(0.5 * 10200 / 3600)
     assert not stopper.stop_all()
-    stopper("b", {"time_total_s": 3600.0})
+    stopper("b", report(2, 600, total_s=3600))
     assert stopper.stop_all()
     assert stopper.ended_by == "search.max_gpu_hours=1.5"
+
+
+def test_gpu_hours_count_every_attempt_and_every_driver(tmp_path: Path) -> None:
+    """Whether a trial goes on from its checkpoint, with its time so far or without, or begins anew."""
+    ledger = SweepLedger.open(tmp_path, "a-sweep")
+    budget = Budget(max_gpu_hours=3)
+    first = BudgetStopper(budget, gpus_per_trial=1, note=ledger.write_spent, clock=Clock())
+    first("a", report(1, 1800))
+    first("a", report(2, 1800, total_s=3600))
+    first("a", report(2, 900, total_s=2700))  # its process died; on from the first epoch's checkpoint
+    first("a", report(1, 900))  # and again, of which Tune knew no checkpoint
+    assert first.gpu_hours() == 1.5
+    first.note_spent()
+
+    second = BudgetStopper(budget, gpus_per_trial=1, spent=ledger.read_spent(), clock=Clock())
+    assert second.gpu_hours() == 1.5
+    second("a", report(1, 3600))
+    assert not second.stop_all()
+    second("a", report(2, 1800, total_s=5400))
+    assert second.stop_all()
 
 
 def test_nothing_ends_without_a_budget() -> None:
     clock = Clock()
     stopper = BudgetStopper(Budget(), gpus_per_trial=8, clock=clock)
-    stopper("a", {"time_total_s": 1e9})
+    stopper("a", report(1, 1e9))
     clock.now_s = 1e9
     assert not stopper.stop_all()
 
@@ -118,7 +145,7 @@ def test_a_copy_keeps_what_was_spent() -> None:
     stopper = BudgetStopper(Budget(time_budget="1m", max_gpu_hours=2), gpus_per_trial=1, clock=clock)
     stopper.stop_all()
     clock.now_s += 40
-    stopper("a", {"time_total_s": 3600.0})
+    stopper("a", report(1, 3600))
     copy = pickle.loads(pickle.dumps(stopper))
     assert not copy.stop_all()
     assert copy.spent_s() == 40
@@ -127,7 +154,7 @@ def test_a_copy_keeps_what_was_spent() -> None:
 
 def test_time_goes_on_from_what_earlier_drivers_spent(tmp_path: Path) -> None:
     ledger = SweepLedger.open(tmp_path, "a-sweep")
-    assert ledger.read_spent() == 0
+    assert ledger.read_spent() == Spent()
     clock = Clock()
     first = BudgetStopper(Budget(time_budget="2m"), gpus_per_trial=0, note=ledger.write_spent, clock=clock)
     assert not first.stop_all()
@@ -135,26 +162,26 @@ def test_time_goes_on_from_what_earlier_drivers_spent(tmp_path: Path) -> None:
     assert not first.stop_all()
     clock.now_s += NOTE_PERIOD_S - 1  # not noted before the driver dies
     assert not first.stop_all()
-    assert ledger.read_spent() == NOTE_PERIOD_S
+    assert ledger.read_spent() == Spent(NOTE_PERIOD_S)
 
-    spent_s = ledger.read_spent()
+    spent = ledger.read_spent()
     second = BudgetStopper(
-        Budget(time_budget="2m"), gpus_per_trial=0, spent_s=spent_s, note=ledger.write_spent, clock=clock
+        Budget(time_budget="2m"), gpus_per_trial=0, spent=spent, note=ledger.write_spent, clock=clock
     )
     clock.now_s += 1000  # between the drivers, and until Tune asks
     assert not second.stop_all()
     clock.now_s += 7
     second.note_spent()  # an interrupt
-    assert ledger.read_spent() == spent_s + 7
-    clock.now_s += 120 - spent_s - 7
+    assert ledger.read_spent() == Spent(spent.time_s + 7)
+    clock.now_s += 120 - spent.time_s - 7
     assert second.stop_all()
     assert second.ended_by == "search.time_budget=2m"
 
 
-def test_no_time_is_noted_without_a_time_budget() -> None:
+def test_nothing_is_noted_where_nothing_is_limited() -> None:
     clock = Clock()
-    noted: list[float] = []
-    stopper = BudgetStopper(Budget(max_gpu_hours=1), gpus_per_trial=1, note=noted.append, clock=clock)
+    noted: list[Spent] = []
+    stopper = BudgetStopper(Budget(max_trials=3), gpus_per_trial=1, note=noted.append, clock=clock)
     stopper.stop_all()
     clock.now_s += 1000
     stopper.stop_all()

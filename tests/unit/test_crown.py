@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from rich.console import Console
 
 from ssn.config import Config, flatten
@@ -16,7 +17,7 @@ from ssn.data.reader import SearchData, open_search_data
 from ssn.engine import Trainer
 from ssn.features import extract, prepare_backbone
 from tuning.champions.category_result import CategoryResult
-from tuning.champions.crown import Crowning
+from tuning.champions.crown import Crowning, _outcome
 from tuning.champions.finalists import Finalist, Selection
 from tuning.champions.registry import ALIAS
 from tuning.champions.winner import TrialRecord
@@ -185,3 +186,27 @@ def test_scoring_uses_the_cpus_that_no_trial_needs_any_more(
     monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {}}])
     crowning: Any = SimpleNamespace(placement=Placement(num_workers=0, use_gpu=False, cpus=2, gpus=0))
     assert Crowning._cpus(crowning, tasks) == expected
+
+
+def test_scoring_on_a_gpu_asks_for_what_a_node_with_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, worker = {"CPU": 16.0}, {"CPU": 4.0, "GPU": 1.0}
+    nodes = [{"Alive": True, "Resources": head}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    crowning: Any = SimpleNamespace(placement=Placement(num_workers=0, use_gpu=True, cpus=2, gpus=1))
+    assert Crowning._cpus(crowning, 1) == 2, "of a kind that has yet to start"
+    nodes.append({"Alive": True, "Resources": worker})
+    assert Crowning._cpus(crowning, 1) == 4
+
+
+def test_a_scoring_process_that_dies_costs_its_category_alone() -> None:
+    def die() -> None:
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\nMore of it.")
+
+    def fail() -> None:
+        raise RayTaskError("score_champion", "Traceback", ValueError("a bug"))
+
+    assert _outcome(die) == (
+        "the process that scored it died (OutOfMemoryError: Task was killed due to the node running low on memory.)"
+    )
+    with pytest.raises(RayTaskError):
+        _outcome(fail)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import OwnerDiedError
 
 from ssn.errors import SSNError
 from tuning.execution import feature_store
 from tuning.execution.feature_store import LEASE_S, WAITING_S, Asker, FeatureStore, get_features
 
 HERE = Asker("here", 1)
+THERE = Asker("there", 1)
 
 
 class Clock:
@@ -176,6 +178,30 @@ def test_builder_that_fails_leaves_the_next_one_its_turn(actor: Actor) -> None:
 
     with pytest.raises(SSNError, match="no such image"):
         get_features(actor, "a", fail)
+    assert isinstance(get_features(actor, "a", lambda budget_bytes, alive: Built()), Built)  # type: ignore[arg-type,return-value]
+
+
+def test_store_that_started_anew_hears_of_builders_it_does_not_know(store: FeatureStore) -> None:
+    assert store.renew("a", HERE) == 0
+    assert store.acquire("a", THERE) is False
+    store.release("b")
+    assert store.acquire("b", THERE) is True
+
+
+def test_features_that_died_with_their_store_are_asked_for_again(
+    actor: Actor, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", "gone", 10)
+    get, answers = feature_store.ray.get, []
+
+    def lose_once(answer: Any) -> Any:
+        if isinstance(answer, tuple) and not answers:
+            answers.append(answer)
+            del store._entries["a"]
+            raise OwnerDiedError("id", None, "")
+        return get(answer)
+
+    monkeypatch.setattr(feature_store.ray, "get", lose_once)
     assert isinstance(get_features(actor, "a", lambda budget_bytes, alive: Built()), Built)  # type: ignore[arg-type,return-value]
 
 

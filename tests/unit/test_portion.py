@@ -15,7 +15,7 @@ from tuning import sweep
 from tuning.execution.weights import weights_key
 from tuning.persistence.ledger import SweepLedger
 from tuning.search import portion as portion_module
-from tuning.search.portion import Portion
+from tuning.search.portion import MAX_RETURNS, Portion
 from tuning.search.searcher import CategorySearch, MultiplexSearcher
 from tuning.search.space import Choice, FloatRange
 from tuning.settings import SweepSettings
@@ -41,27 +41,70 @@ def take(searcher: Searcher, trial_id: str) -> Any:
 
 def test_portion_ends_after_its_trials_and_passes_on_what_they_report() -> None:
     searcher = make_searcher(4)
-    portion = Portion(searcher, 3)
+    portion = Portion(searcher, lambda trial_id: True, 3)
     assert portion.set_max_concurrency(5)
     assert searcher.max_concurrent == 5
     assert [isinstance(take(portion, f"t{i}"), dict) for i in range(3)] == [True] * 3
     assert take(portion, "t3") == Searcher.FINISHED
-    assert portion.used_up
+    assert portion.has_more
     assert [(r.state, r.objective) for r in searcher.records()] == [("complete", 0.5)] * 3
     assert not searcher.done
 
 
 def test_waiting_for_the_limit_uses_nothing_up() -> None:
     searcher = make_searcher(4)
-    portion = Portion(searcher, 2)
+    portion = Portion(searcher, lambda trial_id: True, 2)
     portion.set_max_concurrency(1)
     assert isinstance(portion.suggest("t0"), dict)
     assert [portion.suggest("t1") for _ in range(5)] == [None] * 5
-    assert not portion.used_up
+    assert not portion.has_more
+
+
+def test_what_tune_gives_up_before_it_began_is_suggested_again_and_nothing_else_is() -> None:
+    searcher = make_searcher(2)
+    portion = Portion(searcher, {"begun"}.__contains__, 3)
+    first: Any = portion.suggest("lost")
+    portion.on_trial_complete("lost", error=True)
+    assert searcher.record("lost").state == "running"
+    again: Any = portion.suggest("begun")
+    assert again == first
+    assert searcher.record("begun").name == ("search", first["category"], first["index"])
+    assert len(searcher.records()) == 1
+    portion.on_trial_complete("begun", error=True)
+    assert searcher.record("begun").state == "failed"
+    portion.on_trial_complete("begun", error=True)  # Tune may say it again
+    assert portion.suggest("next") != first
+
+
+def test_what_never_begins_fails_in_the_end() -> None:
+    searcher = make_searcher(1)
+    portion = Portion(searcher, lambda trial_id: False)
+    names = []
+    for attempt in range(MAX_RETURNS + 1):
+        suggested: Any = portion.suggest(f"t{attempt}")
+        names.append((suggested["category"], suggested["index"]))
+        assert searcher.record(f"t{attempt}").state == "running"
+        portion.on_trial_complete(f"t{attempt}", error=True)
+    assert len(set(names)) == 1
+    assert [r.state for r in searcher.records(names[0][0])] == ["failed"]
+    assert not portion.has_more
+
+
+def test_what_is_given_up_as_a_tune_run_ends_is_for_the_next() -> None:
+    searcher = make_searcher(1)
+    portion = Portion(searcher, lambda trial_id: False)
+    portion.suggest("t0")
+    portion.suggest("t1")
+    assert portion.suggest("t2") == Searcher.FINISHED
+    portion.on_trial_complete("t1", error=True)
+    assert portion.has_more
+    portion.refill()
+    assert isinstance(portion.suggest("t3"), dict)
+    assert not portion.has_more
 
 
 def test_tune_stores_no_search() -> None:
-    stored = pickle.loads(pickle.dumps(Portion(make_searcher(4), 2)))
+    stored = pickle.loads(pickle.dumps(Portion(make_searcher(4), lambda trial_id: True, 2)))
     assert stored._whole is None
 
 

@@ -120,6 +120,17 @@ def test_other_numerics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_unchanged("s1", before, describe())
 
 
+def test_a_version_with_fewer_settings_is_not_gone_on_from() -> None:
+    """The settings that it lacked are part of what trials are known by."""
+    before = describe()
+    del before["settings"]["train.flip_defects"]
+    with pytest.raises(SSNError, match=r"without train\.flip_defects, .*go on with that version \(git_commit c1\), or"):
+        check_unchanged("s1", before, describe())
+    del before["settings"]["resources.cpus_per_worker"]
+    before["settings"]["train.flip_defects"] = True
+    assert check_unchanged("s1", before, describe()) == []
+
+
 def test_other_code_is_told_of() -> None:
     assert check_unchanged("s1", describe(), describe()) == []
     lines = check_unchanged("s1", describe(), describe(code={"git_commit": "c2", "version_torch": "2"}))

@@ -6,10 +6,12 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.tune.trainable import function_trainable
 
 from ssn import features as features_module
 from ssn.config import Config, flatten
@@ -142,6 +144,22 @@ def test_trials_of_one_category_with_other_backbones_have_other_features(
         [(8, 12, 64), (4, 6, 128)],
     ]
     assert len(built) == 3
+
+
+def test_tune_waits_for_a_stopped_trials_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a setting that Tune reads where trials run; else, it drops the next trial after 2 s."""
+    waited: list[float] = []
+    session = SimpleNamespace(
+        finish=lambda timeout: waited.append(timeout),
+        training_thread=SimpleNamespace(is_alive=lambda: True),
+    )
+    monkeypatch.setattr(function_trainable, "get_session", lambda: session)
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")  # so that it is put back
+    monkeypatch.delenv("TUNE_FUNCTION_THREAD_TIMEOUT_S")
+    train_worker._wait_for_ends()
+    trainable: Any = SimpleNamespace()
+    assert function_trainable.FunctionTrainable.reset_config(trainable, {}) is False
+    assert waited == [600]
 
 
 def test_features_are_computed_on_the_cpus_of_those_who_wait(

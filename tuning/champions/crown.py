@@ -329,7 +329,10 @@ class Crowning:
         """Of each of so many tasks: a trial's, or more where there are more than they need, for no trial runs now."""
         import ray
 
-        nodes = [cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU", 0.0)) > 0]
+        needed = {name: amount for name, amount in self.placement.per_worker.items() if amount > 0}
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # a node without the GPU will hold none of them, however many CPUs it has
+        nodes = [node["CPU"] for node in alive if all(node.get(name, 0.0) >= amount for name, amount in needed.items())]
         spare = sum(nodes) // tasks
         return max(self.placement.cpus, min(spare, *nodes)) if nodes else self.placement.cpus
 
@@ -343,8 +346,15 @@ class Crowning:
 
 def _outcome(action: Callable[..., T], *args: Any) -> T | str:
     """What ``action`` returns, or why it could not, as one line."""
+    from ray.exceptions import RayError, RayTaskError
+
     try:
         return action(*args)
     except SSNError as error:
         # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
         return str(getattr(error, "cause", error))
+    except RayError as error:
+        if isinstance(error, RayTaskError):
+            raise
+        lines = str(error).strip().splitlines()
+        return f"the process that scored it died ({type(error).__name__}: {lines[0] if lines else 'unknown'})"

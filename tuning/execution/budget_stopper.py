@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
-from tuning.planning.budget import Budget
+from tuning.planning.budget import Budget, Spent
 
 NOTE_PERIOD_S = 30.0
 """A driver that dies has noted all of the time it spent but this much."""
@@ -18,14 +18,14 @@ class BudgetStopper(Stopper):
     """Stops all trials at once, without a new one being started, when a budget is spent.
 
     Tune gives the trials' processes the time to clean up, and marks them as it does after an interrupt. Time counts
-    from the first question, and goes on from what earlier drivers spent; GPU hours are up to date to each trial's last
-    report.
+    from the first question; GPU hours are up to date to each trial's last report, and what a trial does again after its
+    process died counts again. Both go on from what earlier drivers spent.
 
     Args:
         budget: Of which the time and the GPU hours are watched.
         gpus_per_trial: GPUs that a trial holds.
-        spent_s: What earlier drivers spent of the time budget.
-        note: Called with the time spent, every now and then, if there is a time budget; None: nobody.
+        spent: By earlier drivers.
+        note: Called with what is spent, every now and then, if either is limited; None: nobody.
         clock: For tests; seconds that only grow.
     """
 
@@ -34,23 +34,27 @@ class BudgetStopper(Stopper):
         budget: Budget,
         *,
         gpus_per_trial: float,
-        spent_s: float = 0.0,
-        note: Callable[[float], None] | None = None,
+        spent: Spent = Spent(),  # noqa: B008, it is frozen
+        note: Callable[[Spent], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget = budget
         self._gpus_per_trial = gpus_per_trial
-        self._earlier_s = self._noted_s = spent_s
+        self._earlier_s = self._noted_s = spent.time_s
+        self._trials_s = spent.trials_s
         self._note = note
         self._clock = clock
         self._begun_s: float | None = None
-        self._trial_s: dict[str, float] = {}
+        self._last: dict[str, tuple[int, float]] = {}  # by trial: its last report's iteration and time
         self.ended_by: str | None = None
         """The setting that ended the search, and its value."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Note how long a trial has taken; none is stopped on its own."""
-        self._trial_s[trial_id] = float(result.get("time_total_s", 0.0))
+        """Note how long a trial has taken since its last report; none is stopped on its own."""
+        report = result["training_iteration"], result["time_total_s"]
+        if self._last.get(trial_id) != report:  # Tune shows the last one again as the trial ends
+            self._trials_s += result["time_this_iter_s"]
+        self._last[trial_id] = report
         return False
 
     def stop_all(self) -> bool:
@@ -58,11 +62,10 @@ class BudgetStopper(Stopper):
         if self._begun_s is None:
             self._begun_s = self._clock()
         budget, spent_s = self._budget, self.spent_s()
-        if budget.time_s is not None:
-            if self._note is not None and spent_s - self._noted_s >= NOTE_PERIOD_S:
-                self.note_spent()
-            if spent_s >= budget.time_s:
-                self.ended_by = self.ended_by or f"search.time_budget={budget.time_budget}"
+        if spent_s - self._noted_s >= NOTE_PERIOD_S:
+            self.note_spent()
+        if budget.time_s is not None and spent_s >= budget.time_s:
+            self.ended_by = self.ended_by or f"search.time_budget={budget.time_budget}"
         if budget.max_gpu_hours is not None and self.gpu_hours() >= budget.max_gpu_hours:
             self.ended_by = self.ended_by or f"search.max_gpu_hours={budget.max_gpu_hours:g}"
         return self.ended_by is not None
@@ -74,12 +77,13 @@ class BudgetStopper(Stopper):
     def note_spent(self) -> None:
         """Tell ``note`` at once, as at the end of a search."""
         self._noted_s = self.spent_s()
-        if self._note is not None and self._budget.time_s is not None:
-            self._note(self._noted_s)
+        limited = self._budget.time_s is not None or self._budget.max_gpu_hours is not None
+        if self._note is not None and limited:
+            self._note(Spent(self._noted_s, self._trials_s))
 
     def gpu_hours(self) -> float:
-        """Spent so far."""
-        return self._gpus_per_trial * sum(self._trial_s.values()) / 3600
+        """Spent so far, by this driver and by earlier ones."""
+        return self._gpus_per_trial * self._trials_s / 3600
 
     def __getstate__(self) -> dict[str, Any]:
         # a clock's seconds mean nothing in another process

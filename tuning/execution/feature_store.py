@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import ray
+from ray.exceptions import OwnerDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssn.features import CategoryFeatures
@@ -77,13 +78,13 @@ class FeatureStore:
 
     def renew(self, key: str, asker: Asker) -> int:
         """The builder is alive; returns how many others wait on its node."""
-        entry, now_s = self._entries[key], self._clock()
+        entry, now_s = self._entries.setdefault(key, _Entry()), self._clock()
         entry.lease_ends_s = now_s + LEASE_S
         return sum(other.node == asker.node and now_s - at_s < WAITING_S for other, at_s in entry.asked_s.items())
 
     def release(self, key: str) -> None:
         """The builder gave up; the next one to ask may try."""
-        self._entries[key].lease_ends_s = 0.0
+        self._entries.setdefault(key, _Entry()).lease_ends_s = 0.0
 
     def put(self, key: str, features: Any, num_bytes: int) -> list[ray.ObjectRef]:
         """Take over computed features; the store owns them from now on."""
@@ -103,10 +104,12 @@ class FeatureStore:
 def start_feature_store(budget_bytes: int, *, name: str) -> Any:
     """Start the store under a name that trials find it by; it lives as long as the driver, and on its node.
 
-    On any other, a spot instance that is taken back would take every category's features with it.
+    On any other, a spot instance that is taken back would take every category's features with it. If its process dies
+    all the same, it starts anew and empty, and features are computed again.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(FeatureStore).options(name=name, num_cpus=0, scheduling_strategy=here).remote(budget_bytes)
+    options: dict[str, Any] = {"name": name, "num_cpus": 0, "scheduling_strategy": here}
+    return ray.remote(FeatureStore).options(**options, max_restarts=-1, max_task_retries=-1).remote(budget_bytes)
 
 
 def get_features(store: Any, key: str, build: Callable[[int, Callable[[], int]], CategoryFeatures]) -> CategoryFeatures:
@@ -121,9 +124,7 @@ def get_features(store: Any, key: str, build: Callable[[int, Callable[[], int]],
     asker = Asker(os.uname().nodename, os.getpid())
     while True:
         answer = ray.get(store.acquire.remote(key, asker))
-        if isinstance(answer, list):
-            return cast(CategoryFeatures, ray.get(answer[0]))
-        if answer:
+        if answer is True:
             try:
                 features = build(
                     ray.get(store.budget_bytes.remote()), lambda: cast(int, ray.get(store.renew.remote(key, asker)))
@@ -131,7 +132,11 @@ def get_features(store: Any, key: str, build: Callable[[int, Callable[[], int]],
             except BaseException:
                 ray.get(store.release.remote(key))
                 raise
-            refs = ray.get(store.put.remote(key, features, features.num_bytes))
-            # not our own copy: all trials of a node share the store's
-            return cast(CategoryFeatures, ray.get(refs[0]))
+            answer = ray.get(store.put.remote(key, features, features.num_bytes))
+            del features  # not our own copy: all trials of a node share the store's
+        if isinstance(answer, list):
+            try:
+                return cast(CategoryFeatures, ray.get(answer[0]))
+            except OwnerDiedError:
+                continue  # the store's process died after it had answered; ask the one that takes its place
         time.sleep(POLL_S)

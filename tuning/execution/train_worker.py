@@ -7,6 +7,7 @@ own workers.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"
 """Folder of a Tune or Train checkpoint that holds ours."""
+
+_END_TIMEOUT_S = 600
+"""How long Tune waits for a stopped trial's thread, the end of its workers included, before the next trial takes over
+its process. Tune's own 2 s are short on a busy machine, and it then forgets the next trial without a word."""
 
 Finish = Callable[[Mapping[str, Any], Path, str], dict[str, Any]]
 """Takes the trial, the folder of its finished model and the device; gives what its last result is to hold besides."""
@@ -91,6 +96,7 @@ def train_in_trial(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
     """
     from ray import tune
 
+    _wait_for_ends()
     device = "cuda" if setup.placement.use_gpu else "cpu"
     _train(trial, setup, report=_reporter(tune), checkpoint=tune.get_checkpoint(), device=device, workers=ALONE)
 
@@ -106,6 +112,7 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
 
     from tuning.execution.worker_group import ReportToTune, TrialTrainer
 
+    _wait_for_ends()
     placement = setup.placement
     TrialTrainer(
         _train_in_worker,
@@ -127,6 +134,11 @@ def train_in_worker_group(trial: Mapping[str, Any], setup: WorkerSetup) -> None:
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
         ),
     ).fit()
+
+
+def _wait_for_ends() -> None:
+    # Tune reads it in this process, as the next trial comes
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(_END_TIMEOUT_S))
 
 
 def _train_in_worker(config: dict[str, Any]) -> None:

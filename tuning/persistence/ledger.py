@@ -21,6 +21,7 @@ from ssn.errors import SSNError
 from tuning.champions.category_result import ChampionScore
 from tuning.champions.winner import TrialRecord, conclude
 from tuning.persistence.json_store import JsonStore
+from tuning.planning.budget import Spent
 from tuning.tracking.callback import RESULT_KEYS_NOT_LOGGED
 
 if TYPE_CHECKING:
@@ -129,22 +130,22 @@ class SweepLedger:
         content = self.files.read(f"ended/{stage}.json", version=FORMAT_VERSION)
         return None if content is None else str(content["ended_by"])
 
-    def write_spent(self, seconds: float) -> None:
-        """Keep how much of its time budget the sweep has spent.
+    def write_spent(self, spent: Spent) -> None:
+        """Keep how much of its budgets the sweep has spent.
 
         Raises:
             SSNError: the store cannot be written to.
         """
-        self.files.write("spent.json", {"time_s": seconds}, version=FORMAT_VERSION)
+        self.files.write("spent.json", asdict(spent), version=FORMAT_VERSION)
 
-    def read_spent(self) -> float:
-        """What :meth:`write_spent` kept, in seconds; 0: nothing.
+    def read_spent(self) -> Spent:
+        """What :meth:`write_spent` kept, if anything.
 
         Raises:
             SSNError: the store cannot be read.
         """
         content = self.files.read("spent.json", version=FORMAT_VERSION)
-        return 0.0 if content is None else float(content["time_s"])
+        return Spent() if content is None else Spent(content["time_s"], content["trials_s"])
 
     def write_score(self, category: str, trial_key: str, score: ChampionScore) -> None:
         """Keep what the test split said of a trial's model, so that it is asked once.

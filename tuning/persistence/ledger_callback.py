@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,9 @@ from tuning.tracking.callback import TrackerCallback
 if TYPE_CHECKING:
     from ray.tune import Checkpoint
     from ray.tune.experiment import Trial
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class RecordKeeper(Protocol):
@@ -73,6 +77,11 @@ class LedgerCallback(TrackerCallback):
         if previous not in (None, checkpoint.path):
             self._remove(previous)
 
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """One that still counts as running comes again, as another trial of Tune's."""
+        if self.keeper.record(trial.trial_id).state != "running":
+            super().on_trial_error(iteration, trials, trial, **info)
+
     def _note_checkpoint(self, trial: Trial, path: str, epoch: int) -> str | None:
         record = self.keeper.record(trial.trial_id)
         previous, record.checkpoint, record.checkpoint_epoch = record.checkpoint, path, epoch
@@ -89,10 +98,21 @@ class LedgerCallback(TrackerCallback):
         if useless is not None:
             self._remove(useless)
 
+    def _checkpoint(self, trial: Trial) -> tuple[str, pafs.FileSystem | None]:
+        """What the ledger has. Tune's own note lacks a checkpoint if anything failed as Tune told its callbacks."""
+        record = self.keeper.record(trial.trial_id)
+        if record.checkpoint is None or record.checkpoint_epoch != record.max_epochs:
+            raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
+        return record.checkpoint, self.filesystem
+
     def _remove(self, checkpoint: str) -> None:
+        """One that stays takes space, and nothing else; to Tune, an error would be the trial's."""
         filesystem = self.filesystem or pafs.LocalFileSystem()
-        if filesystem.get_file_info(checkpoint).type == pafs.FileType.Directory:
-            filesystem.delete_dir(checkpoint)
+        try:
+            if filesystem.get_file_info(checkpoint).type == pafs.FileType.Directory:
+                filesystem.delete_dir(checkpoint)
+        except OSError as error:
+            _LOGGER.warning("the checkpoint %s is not needed any more and could not be removed: %s", checkpoint, error)
 
 
 def has_checkpoint(path: str | None, filesystem: pafs.FileSystem | None) -> bool:

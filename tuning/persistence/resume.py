@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssn.config import NUMERICS_VERSION, flatten
+from ssn.config import NUMERICS_VERSION, Config, flatten
 from ssn.data.storage import resolve_uri
 from ssn.errors import SSNError
 from ssn.loader import load_config
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tuning.tracking.protocol import Sweep, Tracker, TrialState
 
 FREE_KEYS = ("search.max_concurrent", "search.storage")
+_CONFIG_SECTIONS = tuple(field.name for field in fields(Config))
+"""Settings that are part of a trial's identity."""
 FREE_SECTION = "resources."
 """Settings that say where and how fast a sweep runs, and not what it finds, may be others when it goes on."""
 
@@ -158,6 +160,15 @@ def check_unchanged(sweep_id: str, before: Mapping[str, Any], now: Mapping[str, 
                     f"sweep {sweep_id} cannot go on: the data of {category} at {before['data_uri']} changed ({key}); "
                     "bring it back, or start a new sweep"
                 )
+    added = sorted(
+        key for key in now["settings"] if key.partition(".")[0] in _CONFIG_SECTIONS and key not in before["settings"]
+    )
+    if added:
+        raise SSNError(
+            f"sweep {sweep_id} cannot go on: it was started by a version without {added[0]}, from whose trials this "
+            "one's differ in name, so that finished ones would be repeated; go on with that version (git_commit "
+            f"{before['code'].get('git_commit', 'unknown')}), or start a new sweep"
+        )
     known = [(f"the weights of {key}", before["weights_digests"][key], now["weights_digests"].get(key)) for key in
              before["weights_digests"]]  # fmt: skip
     known.append(("numerics_version, how trials are computed,", before["numerics_version"], now["numerics_version"]))

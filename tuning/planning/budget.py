@@ -28,6 +28,16 @@ class Budget:
         return None if self.time_budget is None else parse_duration_s(self.time_budget, "search.time_budget")
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a sweep has spent so far, all its drivers together."""
+
+    time_s: float = 0.0
+    """Of the time budget."""
+    trials_s: float = 0.0
+    """How long trials held their places, every attempt counted, summed."""
+
+
 def parse_duration_s(text: str, key: str) -> float:
     """Seconds of ``2h``, ``90m``, ``1h 30m``, ``1.5d`` or ``45s``.
 

@@ -166,7 +166,9 @@ class ProgressCallback(Callback):
         self._announce(trial.config["category"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Say what went wrong, and announce a category's end."""
+        """Say what went wrong, and announce a category's end; a trial that still counts as running comes again."""
+        if self._searcher.record(trial.trial_id).state == "running":
+            return
         assert trial.error_file is not None
         reason = trial_error(trial)
         self._searcher.note_failure(trial.trial_id, reason)

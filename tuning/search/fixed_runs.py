@@ -88,6 +88,11 @@ class UnprunedSearcher(Searcher):
             record.failure = f"its objective was {record.objective} at epoch {record.epoch}"
         record.state = "failed" if error or cut_short or diverged else "complete"
 
+    def rename(self, trial_id: str, new_id: str) -> None:
+        """A trial that has not begun comes under another of Tune's ids."""
+        record = self._records.pop(trial_id)
+        record.trial_id, self._records[new_id] = new_id, record
+
     def end(self, reason: str) -> None:
         """Take note that a budget ended the runs, those that were still under way with them.
 

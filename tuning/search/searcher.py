@@ -279,6 +279,11 @@ class MultiplexSearcher(Searcher):
         else:
             self._finish(record, *conclude(record))
 
+    def rename(self, trial_id: str, new_id: str) -> None:
+        """A trial that has not begun comes under another of Tune's ids."""
+        record = self._records.pop(trial_id)
+        record.trial_id, self._records[new_id] = new_id, record
+
     def end(self, reason: str) -> None:
         """Take note that the search was ended, and every trial that still ran with it; what was left is not started.
 

@@ -212,6 +212,11 @@ class SharedSearcher(UnprunedSearcher):
         for configuration in self.configurations:
             self._advance(configuration)
 
+    def rename(self, trial_id: str, new_id: str) -> None:
+        """A trial that has not begun comes under another of Tune's ids."""
+        super().rename(trial_id, new_id)
+        self._origins[new_id] = self._origins.pop(trial_id)
+
     def end(self, reason: str) -> None:
         """Take note that a budget ended the search: configurations that were under way are out.
 

@@ -89,6 +89,10 @@ class TrackerCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._finish(trial, failed=True)
 
+    def has_begun(self, trial_id: str) -> bool:
+        """Whether a trial, by Tune's id, has a run that is open."""
+        return trial_id in self._open_runs
+
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Runs still open belong to trials that an interrupt cut short.
 
@@ -111,9 +115,20 @@ class TrackerCallback(Callback):
         elif not reached_last_epoch(trial):
             self.tracker.finish_trial(run_id, "PRUNED")
         else:
-            with model_folder(trial, self.filesystem) as folder:
+            with checkpoint_folder(*self._checkpoint(trial)) as folder:
                 self.tracker.finish_trial(run_id, "COMPLETE", artifact_dir=folder)
         del self._open_runs[trial.trial_id]
+
+    def _checkpoint(self, trial: Trial) -> tuple[str, pyarrow.fs.FileSystem | None]:
+        """Where a complete trial's last checkpoint is, and on which file system."""
+        checkpoint = trial.checkpoint
+        if checkpoint is not None:
+            return checkpoint.path, checkpoint.filesystem
+        # Ray Train inside a trial hands only its checkpoint's path to Tune
+        path = trial.last_result.get("checkpoint_path")
+        if not path:
+            raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
+        return path, self.filesystem
 
 
 def trial_info(trial: Trial) -> TrialInfo:
@@ -186,23 +201,8 @@ def _load_error(trial: Trial) -> BaseException | str | None:
 
 
 @contextlib.contextmanager
-def model_folder(trial: Trial, filesystem: pyarrow.fs.FileSystem | None = None) -> Iterator[Path]:
-    """The local folder with a complete trial's model files, downloaded for the time being where it is remote.
-
-    Ray Train inside a trial hands only its checkpoint's path to Tune, in the result's ``checkpoint_path``; it lies on
-    ``filesystem``.
-    """
-    checkpoint = trial.checkpoint
-    path = trial.last_result.get("checkpoint_path") if checkpoint is None else checkpoint.path
-    if not path:
-        raise RuntimeError(f"trial {trial.trial_id} ended at its last epoch without a checkpoint")
-    with checkpoint_folder(path, filesystem if checkpoint is None else checkpoint.filesystem) as folder:
-        yield folder
-
-
-@contextlib.contextmanager
 def checkpoint_folder(path: str, filesystem: pyarrow.fs.FileSystem | None) -> Iterator[Path]:
-    """The local folder with the model files of a checkpoint, which lies on ``filesystem``."""
+    """The local folder with the model files of a checkpoint, downloaded for the time being where it is remote."""
     from ray.tune import Checkpoint
 
     with Checkpoint(path, filesystem).as_directory() as folder:
