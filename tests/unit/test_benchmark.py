@@ -63,9 +63,9 @@ class Played:
                 for callback in callbacks:
                     callback.on_experiment_end([])
                 return
+            searcher.on_trial_complete(trial.trial_id, None if end == "fail" else trial.last_result, end == "fail")
             for callback in callbacks:
                 (callback.on_trial_error if end == "fail" else callback.on_trial_complete)(0, [], trial)
-            searcher.on_trial_complete(trial.trial_id, None if end == "fail" else trial.last_result, end == "fail")
 
     def lines(self) -> list[str]:
         """What was said on standard error since the last call."""

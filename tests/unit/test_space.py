@@ -384,7 +384,7 @@ def test_feature_keys_are_all_that_features_depend_on() -> None:
     for name, value in flatten(Config()).items():
         if name.startswith("eval.") or value is None:
             continue
-        other: dict[type, Any] = {int: 3, float: 0.4, list: [32, 48], str: "bf16", bool: True}
+        other: dict[type, Any] = {int: 3, float: 0.4, list: [32, 48], str: "bf16", bool: not value}
         changes[name] = other[type(value)]
     changes |= {"model.variant": "jims", WEAK_KEY: "use", "data.antialias": True, "model.align_corners": False}
     changes |= {"synthesis.perlin_rescale_empty": True, "train.draws_per_epoch": 5, "train.sampling": "official"}
