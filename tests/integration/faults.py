@@ -287,16 +287,16 @@ def node(bench: Bench) -> float:
     try:
         driver = bench.start("--num-workers", "0", categories=("gadget", "widget"))
         there = replace(bench, head_pid=second.pid)
-        trials = bench.under_way(driver)
+        bench.under_way(driver)
         deadline = time.monotonic() + TIMEOUT_S
         while not there.processes("ray::ImplicitFunc"):
             assert time.monotonic() < deadline
             time.sleep(POLL_S)
-        trials = bench.trials()
-        bench.ended_before = {r.name: r for r in trials if r.state != "running"}
+        bench.ended_before = {r.name: r for r in bench.trials() if r.state != "running"}
     finally:
         os.killpg(second.pid, signal.SIGKILL)
         second.wait()
+    trials = bench.trials()
     recover_s = bench.wait_for_progress(driver, trials, every=True)  # which of them ran there, nobody here knows
     bench.finish(driver)
     return recover_s
