@@ -1,11 +1,11 @@
 """The same real sweep with this project and as written by hand: total time, best validation result, lines of code.
 
 Both sides search noise sigma, Perlin threshold and the share of labelled defects on magnetic tile, with the same images
-and split, the same backbone and weights, epochs, images an epoch, learning rates and their schedule, and successive
-halving with the same rungs; one core a trial, as many trials at once as there are cores. Pixel metrics are computed at
-the size of the images. By hand is ``tests.benchmarks.plain_use``; it looks at the validation images after every epoch,
-this project when trials are compared. This project's time includes what the other does not do: images of the splits are
-read from shards, every run is tracked, and the champion is scored on test and registered.
+and split, the same backbone and weights, epochs, images an epoch, learning rates and their schedule, no flips, and
+successive halving with the same rungs; one core a trial, as many trials at once as there are cores. Pixel metrics are
+computed at the size of the images. By hand is ``tests.benchmarks.plain_use``; it looks at the validation images after
+every epoch, this project when trials are compared. This project's time includes what the other does not do: images of
+the splits are read from shards, every run is tracked, and the champion is scored on test and registered.
 
 Each side's result is kept in ``--out``, and is not measured again.
 
