@@ -2,8 +2,8 @@
 
 Its images lie in folders: ``{train,validation}/{good,defect,masks}``, a mask named as its image. The network, its loss,
 its optimiser and schedule are anomalib's; the loop is the user's own, because anomalib's data modules hold no defective
-images for training. Between the two marks is what the user writes, and what is counted. It flips no defective images, as anomalib
-does not, and every epoch of every trial runs the backbone.
+images for training. Between the two marks is what the user writes, and what is counted. As in anomalib, no image is
+flipped, and every epoch of every trial runs the backbone.
 
     python -m tests.benchmarks.plain_use --data FOLDER --trials 16 --epochs 9 --draws 72 --json plain.json
 """

@@ -267,18 +267,17 @@ def run(categories: int, trials: int, folder: Path, concurrency: int) -> dict[st
             return tune.Callback, ()
 
     scheduler = MultiplexScheduler(RUNGS, history=searcher)
-    callbacks = [
-        Count(),
-        ProgressCallback(searcher, interval_s=60),
-        LedgerCallback(tracker, sweep, ledger=ledger, keeper=searcher, stop=StopFlag()),
-    ]
+    in_ledger = LedgerCallback(tracker, sweep, ledger=ledger, keeper=searcher, stop=StopFlag())
+    callbacks = [Count(), ProgressCallback(searcher, interval_s=60), in_ledger]
+    portion = Portion(searcher, in_ledger.has_begun)
     runs_of_tune = 0
     with clock("run the trials"):
         while not searcher.done:
+            portion.refill()
             tune.Tuner(
                 tune.with_resources(replay, {"cpu": 1}),
                 tune_config=tune.TuneConfig(
-                    search_alg=Portion(searcher),
+                    search_alg=portion,
                     scheduler=scheduler,
                     num_samples=-1,
                     max_concurrent_trials=concurrency,

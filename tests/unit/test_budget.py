@@ -132,6 +132,13 @@ def test_gpu_hours_count_every_attempt_and_every_driver(tmp_path: Path) -> None:
     assert second.stop_all()
 
 
+def test_trial_that_ends_without_a_report_has_taken_nothing() -> None:
+    """Tune then shows what it knows of any trial."""
+    stopper = BudgetStopper(Budget(max_gpu_hours=1), gpus_per_trial=1, clock=Clock())
+    assert stopper("a", {"trial_id": "a", "done": True}) is False
+    assert stopper.gpu_hours() == 0
+
+
 def test_nothing_ends_without_a_budget() -> None:
     clock = Clock()
     stopper = BudgetStopper(Budget(), gpus_per_trial=8, clock=clock)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from rich.console import Console
 
 from ssn.config import Config, flatten
@@ -139,6 +139,28 @@ def test_old_champion_stays_unless_it_is_beaten(factory: Factory) -> None:
     assert (fifth.verdict.way, fifth.verdict.promoted) == ("out of bounds", True)
 
 
+def test_champion_is_not_replaced_because_the_process_that_compares_died(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuning.champions import crown
+
+    def die(found: Any) -> Any:
+        if found == "pending":
+            raise WorkerCrashedError
+        return found
+
+    first = factory.crown("s1", 0.80)
+    with monkeypatch.context() as dying:
+        dying.setattr(crown, "rescore", lambda *arguments: "pending")
+        dying.setattr("ray.get", die)
+        grown = SearchData(replace(factory.data.info, search_fingerprint="of more images"), factory.data._shards)
+        second = factory.crown("s2", 0.99, data=grown)
+    assert second.champion is None
+    assert second.failure is not None
+    assert second.failure.startswith("the process that scores its model died (WorkerCrashedError")
+    assert factory.tracker.client.get_model_version_by_alias("tiny.widget", ALIAS).run_id == first.run_id
+
+
 def test_sweep_that_goes_on_scores_and_registers_nothing_twice(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +228,8 @@ def test_a_scoring_process_that_dies_costs_its_category_alone() -> None:
         raise RayTaskError("score_champion", "Traceback", ValueError("a bug"))
 
     assert _outcome(die) == (
-        "the process that scored it died (OutOfMemoryError: Task was killed due to the node running low on memory.)"
+        "the process that scores its model died (OutOfMemoryError: Task was killed due to the node running low on "
+        "memory.); --resume scores it again"
     )
     with pytest.raises(RayTaskError):
         _outcome(fail)

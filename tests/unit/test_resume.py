@@ -144,7 +144,9 @@ def test_failed_trials_are_tried_again_if_asked_for(tmp_path: Path) -> None:
         make_record(1, state="failed", failure="it raised an error", checkpoint="/c", checkpoint_epoch=3)
     )
     assert [r.state for r in read_earlier(ledger, retry_failed=False)] == ["complete", "failed"]
-    again = read_earlier(ledger, retry_failed=True)[1]
+    ledger.write_trial(make_record(2, state="failed", failure="its objective was nan at epoch 9"))
+    again, anew = read_earlier(ledger, retry_failed=True)[1:]
+    assert (anew.state, anew.checkpoint, anew.checkpoint_epoch) == ("running", None, 0), "after its last epoch"
     assert (again.state, again.failure, again.checkpoint) == ("running", None, "/c")
 
 

@@ -170,9 +170,12 @@ class Crowning:
         if candidate.verdict is not None:
             return candidate.verdict
         assert candidate.incumbent is not None
-        rescored = _outcome(lambda ref: cast(Rescored, ray.get(ref)), candidate.pending)
-        if isinstance(rescored, str):
-            return not_comparable(name, candidate.incumbent, rescored)
+        assert candidate.pending is not None
+        try:
+            rescored = cast(Rescored, ray.get(candidate.pending))
+        except SSNError as error:
+            # what cannot be scored gives way; a scoring process that died says nothing of its model
+            return not_comparable(name, candidate.incumbent, _message(error))
         verdict = compare_rescored(name, candidate.incumbent, rescored)
         return self._weigh_costs(name, candidate.selection, verdict)
 
@@ -351,10 +354,15 @@ def _outcome(action: Callable[..., T], *args: Any) -> T | str:
     try:
         return action(*args)
     except SSNError as error:
-        # one that Ray brings back from a task carries the task's traceback; its cause is the error itself
-        return str(getattr(error, "cause", error))
+        return _message(error)
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise
         lines = str(error).strip().splitlines()
-        return f"the process that scored it died ({type(error).__name__}: {lines[0] if lines else 'unknown'})"
+        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return f"the process that scores its model died ({what}); --resume scores it again"
+
+
+def _message(error: SSNError) -> str:
+    """One that Ray brings back from a task carries the task's traceback; its cause is the error itself."""
+    return str(getattr(error, "cause", error))

@@ -51,6 +51,8 @@ class BudgetStopper(Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Note how long a trial has taken since its last report; none is stopped on its own."""
+        if "time_this_iter_s" not in result:  # Tune shows a trial that ends without a report, too
+            return False
         report = result["training_iteration"], result["time_total_s"]
         if self._last.get(trial_id) != report:  # Tune shows the last one again as the trial ends
             self._trials_s += result["time_this_iter_s"]

@@ -145,7 +145,7 @@ class SweepLedger:
             SSNError: the store cannot be read.
         """
         content = self.files.read("spent.json", version=FORMAT_VERSION)
-        return Spent() if content is None else Spent(content["time_s"], content["trials_s"])
+        return Spent() if content is None else Spent(content["time_s"], content.get("trials_s", 0.0))
 
     def write_score(self, category: str, trial_key: str, score: ChampionScore) -> None:
         """Keep what the test split said of a trial's model, so that it is asked once.

@@ -188,13 +188,21 @@ def check_unchanged(sweep_id: str, before: Mapping[str, Any], now: Mapping[str, 
 def read_earlier(ledger: SweepLedger, *, retry_failed: bool) -> list[TrialRecord]:
     """The trials of a sweep so far, those to be tried again among those that were cut short.
 
+    What failed goes on from its last checkpoint, unless that is the end: from there, it would only fail again.
+
     Raises:
         SSNError: the ledger cannot be read.
     """
     records = ledger.read_trials()
     if not retry_failed:
         return records
-    return [replace(r, state="running", failure=None) if r.state == "failed" else r for r in records]
+
+    def again(record: TrialRecord) -> TrialRecord:
+        record = replace(record, state="running", failure=None)
+        at_its_end = record.checkpoint_epoch >= record.max_epochs
+        return replace(record, checkpoint=None, checkpoint_epoch=0) if at_its_end else record
+
+    return [again(record) if record.state == "failed" else record for record in records]
 
 
 def count_trials(records: Sequence[TrialRecord]) -> str:
