@@ -233,15 +233,15 @@ def estimate_bytes(config: Config, info: CategoryInfo, feature_sizes: Sequence[t
     """
     itemsize = np.dtype(_NUMPY_DTYPE[config.data.feature_dtype]).itemsize
     per_view = itemsize * sum(c * h * w for c, (h, w) in feature_sizes)
-    views = sum(num_images(config, info, name) * num_flips(config, name) for name in SEARCH_SPLITS)
-    return views * per_view + estimate_target_bytes(config, info, map_size([size for _, size in feature_sizes]))
+    return num_views(config, info) * per_view + estimate_target_bytes(
+        config, info, map_size([size for _, size in feature_sizes])
+    )
 
 
 def estimate_target_bytes(config: Config, info: CategoryInfo, map_size_HW: Size) -> int:
     """The part of :func:`estimate_bytes` that is masks, which are kept in memory whatever becomes of the features."""
-    views = sum(num_images(config, info, name) * num_flips(config, name) for name in SEARCH_SPLITS)
     scored = num_images(config, info, "validation") * config.eval.size[0] * config.eval.size[1]
-    return views * map_size_HW[0] * map_size_HW[1] + scored
+    return num_views(config, info) * map_size_HW[0] * map_size_HW[1] + scored
 
 
 def num_images(config: Config, info: CategoryInfo, split: SearchSplit) -> int:
@@ -249,6 +249,11 @@ def num_images(config: Config, info: CategoryInfo, split: SearchSplit) -> int:
     counts = info.counts[split]
     pool = counts.defective if config.train.weak_labels == "use" else counts.masks
     return {"train": counts.normal, "pool": pool, "validation": counts.normal + counts.defective}[split]
+
+
+def num_views(config: Config, info: CategoryInfo) -> int:
+    """Images of all search splits, each under all of its flips: what the backbone sees."""
+    return sum(num_images(config, info, split) * num_flips(config, split) for split in SEARCH_SPLITS)
 
 
 def num_flips(config: Config, split: SearchSplit) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from ssn.config import Config, DataConfig, EvalConfig, ModelConfig, SynthesisConfig, TrainConfig, flatten
 from ssn.errors import SSNError
-from tuning.planning.budget import Budget
+from tuning.budget import Budget
 from tuning.search.rungs import Rungs
 from tuning.search.space import (
     EPOCHS_KEY,

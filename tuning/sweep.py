@@ -25,6 +25,7 @@ from ssn.config import unflatten
 from ssn.data.reader import SearchData, list_categories, open_search_data
 from ssn.data.storage import join_uri
 from ssn.errors import SSNError
+from tuning.budget import Spent
 from tuning.champions.category_result import CategoryResult, describe_search
 from tuning.champions.incumbent import yardstick
 from tuning.execution.capacity import Capacity, check_fits, cluster_capacity, use_gpu
@@ -45,7 +46,6 @@ from tuning.persistence.resume import (
 )
 from tuning.persistence.study_database import INTERRUPT_TIMEOUT_S, StudyDatabase
 from tuning.persistence.sweep_lock import SweepLock
-from tuning.planning.budget import Spent
 from tuning.reporting.report import Leaderboard, count_infeasible
 from tuning.reporting.sweep_result import SweepResult, describe_decision, leaderboard_row, parent_summary
 from tuning.search.costs import check_against, describe_pick

@@ -23,7 +23,7 @@ import ray
 from ray import tune
 
 from ssn.config import Config, flatten
-from tuning.planning.budget import Budget
+from tuning.budget import Budget
 from tuning.execution.budget_stopper import BudgetStopper
 from tuning.reporting.progress import ProgressCallback
 from tuning.search.rungs import Rungs

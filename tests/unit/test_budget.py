@@ -11,12 +11,12 @@ import pytest
 from ssn.config import Config, flatten
 from ssn.errors import SSNError
 from ssn.loader import load_config
+from tuning.budget import Budget, Spent, parse_duration_s, share_trials
 from tuning.champions.winner import select_winner
 from tuning.execution.budget_stopper import NOTE_PERIOD_S, BudgetStopper
 from tuning.execution.train_worker import Placement
 from tuning.execution.weights import weights_key
 from tuning.persistence.ledger import SweepLedger
-from tuning.planning.budget import Budget, Spent, parse_duration_s, share_trials
 from tuning.search.searcher import CategorySearch, MultiplexSearcher
 from tuning.search.space import FloatRange
 from tuning.settings import SweepSettings

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
-from tuning.planning.budget import Budget, Spent
+from tuning.budget import Budget, Spent
 
 NOTE_PERIOD_S = 30.0
 """A driver that dies has noted all of the time it spent but this much."""

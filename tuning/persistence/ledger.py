@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from ssn.errors import SSNError
+from tuning.budget import Spent
 from tuning.champions.category_result import ChampionScore
 from tuning.champions.winner import TrialRecord, conclude
 from tuning.persistence.json_store import JsonStore
-from tuning.planning.budget import Spent
 from tuning.tracking.callback import RESULT_KEYS_NOT_LOGGED
 
 if TYPE_CHECKING:

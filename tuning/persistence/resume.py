@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from tuning.tracking.protocol import Sweep, Tracker, TrialState
 
 FREE_KEYS = ("search.max_concurrent", "search.storage")
-_CONFIG_SECTIONS = tuple(field.name for field in fields(Config))
-"""Settings that are part of a trial's identity."""
 FREE_SECTION = "resources."
 """Settings that say where and how fast a sweep runs, and not what it finds, may be others when it goes on."""
+_IDENTITY_SECTIONS = tuple(field.name for field in fields(Config))
+"""Whose settings are part of a trial's identity."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ def check_unchanged(sweep_id: str, before: Mapping[str, Any], now: Mapping[str, 
                     "bring it back, or start a new sweep"
                 )
     added = sorted(
-        key for key in now["settings"] if key.partition(".")[0] in _CONFIG_SECTIONS and key not in before["settings"]
+        key for key in now["settings"] if key.partition(".")[0] in _IDENTITY_SECTIONS and key not in before["settings"]
     )
     if added:
         raise SSNError(
-            f"sweep {sweep_id} cannot go on: it was started by a version without {added[0]}, from whose trials this "
-            "one's differ in name, so that finished ones would be repeated; go on with that version (git_commit "
+            f"sweep {sweep_id} cannot go on: it was started by a version without {added[0]}, to which its trials have "
+            "other identities, so that finished ones would be repeated; go on with that version (git_commit "
             f"{before['code'].get('git_commit', 'unknown')}), or start a new sweep"
         )
     known = [(f"the weights of {key}", before["weights_digests"][key], now["weights_digests"].get(key)) for key in

@@ -15,7 +15,7 @@ from ssn.config import Config, Size
 from ssn.data.reader import SearchData, SplitCount
 from ssn.data.records import SEARCH_SPLITS, Sample, SearchSplit
 from ssn.engine import Trainer
-from ssn.features import extract, num_flips, num_images, prepare_backbone
+from ssn.features import extract, num_views, prepare_backbone
 from tuning.execution.objective import use_threads
 from tuning.tracking.environment import hardware_tags
 
@@ -147,7 +147,7 @@ def _time(config: Config, few: SearchData, device: str) -> Timing:
     backbone = prepare_backbone(config, few)
     with _Watch(device) as extraction:
         features = extract(config, few, backbone, device=device)
-    views = sum(num_images(config, few.info, split) * num_flips(config, split) for split in SEARCH_SPLITS)
+    views = num_views(config, few.info)
     trainer = Trainer(config, features, device=device)
     trainer.run_epoch()
     with _Watch(device) as steps:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssn.config import Config
 from ssn.data.reader import CategoryInfo, SearchData
-from ssn.data.records import SEARCH_SPLITS
+from tuning.budget import Budget, share_trials
 from tuning.execution.capacity import Capacity, NodeShape, max_concurrent
 from tuning.execution.feature_sizes import FeatureGroup, MapSizes, size_feature_groups
-from tuning.planning.budget import Budget, share_trials
 from tuning.search.costs import check_against
 from tuning.search.feature_groups import FEATURE_KEYS, category_spaces, enumerate_configs
 from tuning.search.rungs import Rungs
@@ -421,16 +420,15 @@ def _plan_category(
 
 def _costs(group: FeatureGroup, info: CategoryInfo, calibration: Calibration) -> tuple[float, float, float]:
     """Seconds for the features, for an epoch, and for the pixel metrics of one validation."""
-    from ssn.features import num_flips, num_images
+    from ssn.features import num_images, num_views
     from tuning.planning.calibrate import shape_of
 
     config = group.config
     timing = calibration.timings[shape_of(config)]
     scored, draws = num_images(config, info, "validation"), draws_in_epoch(config, info)
-    views = sum(num_images(config, info, split) * num_flips(config, split) for split in SEARCH_SPLITS)
     streamed = group.source == "streamed"
     epoch_s = draws * timing.draw_s + scored * timing.validate_s + (draws + scored) * timing.feature_s * streamed
-    return 0.0 if streamed else views * timing.feature_s, epoch_s, scored * timing.pixel_s
+    return 0.0 if streamed else num_views(config, info) * timing.feature_s, epoch_s, scored * timing.pixel_s
 
 
 def draws_in_epoch(config: Config, info: CategoryInfo) -> int:

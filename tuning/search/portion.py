@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 TRIALS_PER_RUN = 4000
 """Trials of one Tune run. Its last ones leave workers without work, and its first ones wait for processes to start."""
-
-
 MAX_RETURNS = 2
 """How often a trial that had not begun is begun again."""
 
